@@ -1,0 +1,2507 @@
+"""grokd: group-robust knowledge distillation, one script.
+
+A classifier trained on photographs learns shortcuts ("water, so waterbird"), and a small student
+distilled from it learns them worse. grokd distils a student from an ensemble of debiased teachers
+and weights every teacher, for every sample, by how far its pull on the student departs from that
+of a deliberately biased model (AGRE-KD, Kenfack et al., TMLR 2025, arXiv 2411.14984).
+
+    python grokd.py run                           # the embedded digits, everything, CPU, minutes
+    python grokd.py run RECIPE                    # the same for recipes/RECIPE.py or any path
+    python grokd.py teachers RECIPE               # stage by stage ...
+    python grokd.py bias-model RECIPE
+    python grokd.py distill RECIPE --student agre --tau 8
+    python grokd.py eval RECIPE
+    python grokd.py eval RECIPE --models a.safetensors b.safetensors
+    accelerate launch grokd.py run RECIPE         # the same, on several GPUs
+
+Every command takes --help, which shows the recipe's values. To begin with images of your own,
+copy recipes/folder.py. Results stand under runs/RECIPE/ (--out changes it): models as
+safetensors with torchvision's own keys, report.md, results.json, and TensorBoard logs.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import types
+import typing
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import tqdm
+from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+# torchvision, scikit-learn, TensorBoard and matplotlib are imported where they are used:
+# each costs seconds, and --help or a mistyped flag should not have to wait for them.
+
+__version__ = "0.1.0"
+
+# A recipe's `from grokd import ...` must find this module, not load a second copy of it.
+sys.modules.setdefault("grokd", sys.modules[__name__])
+
+
+class Problem(Exception):
+    """A mistake the user can mend: printed as one line, without a traceback."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Recipe types
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number in a recipe, both included; checked by `check`, which tyro does not do."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+
+Share = Annotated[float, Range(0, 1)]
+NotNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(1e-12)]
+Natural = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1)]
+Triple = tuple[float, float, float]
+FLAT = tyro.conf.arg(name="")  # a nested section whose flags carry no prefix
+
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+SPLITS = ("train", "val", "test")
+
+
+class Row(NamedTuple):
+    """One image of a data set, as a reader returns it."""
+
+    image: Path | np.ndarray  # a file, or a uint8 array [H, W] or [H, W, 3]
+    label: int  # core class y, 0..C-1
+    attribute: int  # spurious attribute a, 0..A-1; 0 everywhere if not known
+    split: str  # "train", "val" or "test"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: where it is, how its images are stored, cropped and split."""
+
+    # Table of the images, relative to --root. One row an image; its columns are named below.
+    metadata: str = "metadata.csv"
+    # Column with the image file, relative to the folder of the table.
+    image_column: str = "image"
+    # Column with the class: 0, 1, ... or names.
+    label_column: str = "label"
+    # Column with the spurious attribute: 0, 1, ... or names. Empty if you have none: groups are
+    # then classes, and DFR balances classes only (CB-LLR).
+    attribute_column: str = "attribute"
+    # Column that says which split an image belongs to.
+    split_column: str = "split"
+    # What that column says for training, validation and test.
+    split_codes: tuple[str, str, str] = ("train", "val", "test")
+    # A function of the recipe's file, root -> iterable of Row, for data without such a table.
+    reader: tyro.conf.Suppress[Callable[[Path], Sequence[Row]] | None] = None
+    # Names of the classes; if the table's column holds names, these give them their order.
+    class_names: tuple[str, ...] = ()
+    # Names of the attribute's values, likewise.
+    attribute_names: tuple[str, ...] = ()
+    # Side in pixels of the square that each image is stored as. About 1.14 times `crop`.
+    size: Count = 256
+    # squash: resize to size x size (Waterbirds' evaluation). shorter_side: resize the shorter
+    # side, then cut the centre (ImageNet's).
+    geometry: Literal["squash", "shorter_side"] = "squash"
+    # Side in pixels of what is cut from the stored square: the centre in evaluation.
+    crop: Count = 224
+    # Train on random crops (RandomResizedCrop); evaluation always takes the centre.
+    random_crop: bool = True
+    # Least and greatest share of the stored square's area in a random crop.
+    crop_scale: tuple[Share, Share] = (0.7, 1.0)
+    # Least and greatest ratio of its width to its height.
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    # Train on random horizontal flips. Switch off where left and right matter (digits, text).
+    flip: bool = True
+    # Share of validation, by group, that refits heads (DFR); the rest may choose epochs.
+    reweighting: Annotated[float, Range(0.01, 1)] = 0.5
+    # Folder of decoded images, shared by all recipes. A disk of the machine itself is fastest.
+    store: str = "runs/store"
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a network is fed. Weights that carry their own normalisation override mean and std."""
+
+    # Side in pixels the crop is resized to for this network; 0 leaves it as it is.
+    input_size: Natural = 0
+    # Mean per channel that is subtracted from pixels in 0..1. ImageNet's suits most weights.
+    mean: Triple = IMAGENET_MEAN
+    # Standard deviation per channel that the rest is divided by.
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Train:
+    """How one network is trained."""
+
+    # Passes over the training set. More if the loss is still falling at the end.
+    epochs: Natural = 100
+    # Images a step, over all processes.
+    batch_size: Count = 32
+    # Images at once; lower it if memory runs out (batch norm then sees fewer). 0: all.
+    micro_batch: Natural = 0
+    # Peak learning rate. Lower it if the loss jumps, raise it if it falls slowly.
+    lr: NotNegative = 1e-3
+    # Learning rate over the steps, after the warm-up: cosine falls to 0 at the end.
+    schedule: Literal["constant", "cosine"] = "constant"
+    # Epochs over which the learning rate rises from 0. A few help transformers.
+    warmup_epochs: NotNegative = 0.0
+    # SGD is what the papers use for ResNets; transformers want AdamW, with a lower lr.
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    # Of SGD; AdamW keeps its own.
+    momentum: Share = 0.9
+    # Raise it if training accuracy is far above validation's.
+    weight_decay: NotNegative = 1e-3
+    # Distinct augmentations of the training set; epoch e uses e mod num_views. 0: new every epoch.
+    num_views: Natural = 0
+    # Draws the augmentations. Seeds share it, so that frozen teachers can be asked only once.
+    view_seed: Natural = 0
+    # Keep the last weights, or those best by worst-group accuracy on the selection part.
+    select: Literal["last", "best"] = "last"
+    # Save a checkpoint at least this often; every epoch ends with one too.
+    checkpoint_minutes: Positive = 5.0
+
+
+@dataclass(frozen=True)
+class DFR:
+    """Deep feature reweighting: the last layer refitted on group-balanced held-out data."""
+
+    # l1: the mean of logistic regressions on balanced subsets (Kirichenko). sgd: balanced
+    # sampling (LaBonte; AGRE-KD's teachers). auto: l1 for two classes, else sgd.
+    method: Literal["auto", "l1", "sgd"] = "auto"
+    # l1: refits that are averaged; one alone costs about a point (second-hand figure).
+    num_refits: Count = 20
+    # l1: inverse penalties tried on one half of the reweighting part, judged on the other.
+    penalties: tuple[Positive, ...] = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
+    # sgd: passes over the reweighting part.
+    epochs: Count = 100
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """The ensemble: networks trained alike but for seed or architecture, then refitted (DFR)."""
+
+    # Teachers in the ensemble. AGRE-KD: 10, and 5 in its ablations. Cost grows in proportion.
+    num_teachers: Count = 5
+    # Architecture, by torchvision's name or one of cnn2, resnet8, resnet8_gn (16 to 32 pixels).
+    # Several are dealt out in turn.
+    arch: tuple[str, ...] = ("resnet50",)
+    # Initial weights: random, a name of torchvision's (DEFAULT, IMAGENET1K_V2 ...) or a file of
+    # yours (.safetensors, .pth). Several are dealt out in turn. With --epochs 0 they stay.
+    weights: tuple[str, ...] = ("DEFAULT",)
+    # Seed of the first teacher; teacher i has seed + i.
+    seed: Natural = 0
+    # How heads are refitted.
+    dfr: DFR = DFR()
+    input: Annotated[Input, FLAT] = Input()
+    train: Annotated[Train, FLAT] = Train()
+
+    def network(self, i: int) -> tuple[str, str]:
+        """Architecture and initial weights of teacher i."""
+        return self.arch[i % len(self.arch)], self.weights[i % len(self.weights)]
+
+
+@dataclass(frozen=True)
+class BiasModel:
+    """The model to depart from: it has learnt the shortcut, and no head of it is refitted."""
+
+    # teacher: the network a teacher was before DFR (AGRE-KD's choice, and free). erm: one trained
+    # for the purpose. early-stopped: the same, cut short. gce: generalised cross-entropy, which
+    # amplifies the bias.
+    kind: Literal["teacher", "erm", "early-stopped", "gce"] = "teacher"
+    # teacher: which one.
+    teacher: Natural = 0
+    # gce: exponent q of (1 - p_y^q) / q.
+    q: Annotated[float, Range(1e-3, 1)] = 0.7
+    # early-stopped: epochs after which training stops.
+    stop_after: Count = 1
+    # Architecture. AGRE-KD found the choice to matter little.
+    arch: str = "resnet50"
+    # Initial weights: random, a name of torchvision's, or a file of yours.
+    weights: str = "DEFAULT"
+    # Seed of its training.
+    seed: Natural = 0
+    input: Annotated[Input, FLAT] = Input()
+    train: Annotated[Train, FLAT] = Train()
+
+
+@dataclass(frozen=True)
+class Distill:
+    """One student and how it learns."""
+
+    # Weights of the teachers. agre: by departure from the biased model. average: equal (AVER).
+    # random: one teacher a batch. one-hot: no teachers, labels only.
+    weighting: Literal["agre", "average", "random", "one-hot"] = "agre"
+    # Share of the distillation loss; the rest is cross-entropy with the labels.
+    alpha: Share = 1.0
+    # Temperature of the softmax. AGRE-KD's accuracy grows slowly with it, from 1 to 10.
+    tau: Annotated[float, Range(1e-3, 1e3)] = 4.0
+    # agre: gradients compared, per sample with respect to the logits (equals the last layer, no
+    # backward pass) or all parameters (C backward passes), or once per batch over all parameters.
+    space: Literal["logits", "parameters", "batch"] = "logits"
+    # agre: compare directions (cosine) rather than gradients; without it accuracy falls.
+    normalise: bool = True
+    # agre: a sample on which no teacher departs counts all teachers alike, or is left out.
+    zero: Literal["uniform", "drop"] = "uniform"
+    # agre: W <- (1 - shrink) W + shrink, from agre (0) to average (1).
+    shrink: Share = 0.0
+    # Weighted mean of losses (for this loss: of softened probabilities), or loss to the weighted
+    # mean of logits.
+    combine: Literal["losses", "logits"] = "losses"
+    # Head of the finished student: its own, or one refitted by DFR as the teachers' are.
+    head: Literal["own", "dfr"] = "own"
+    # Teachers used, the first ones; 0: all.
+    num_teachers: Natural = 0
+    # Share of them with a DFR head, the first ones; the others are plain ERM.
+    dfr_share: Share = 1.0
+    # Architecture, by torchvision's name or one of cnn2, resnet8, resnet8_gn (16 to 32 pixels).
+    arch: str = "resnet18"
+    # Initial weights: random, a name of torchvision's, or a file of yours.
+    weights: str = "DEFAULT"
+    # How a head is refitted, with head dfr.
+    dfr: DFR = DFR()
+    input: Annotated[Input, FLAT] = Input()
+    train: Annotated[Train, FLAT] = Train(schedule="cosine", weight_decay=1e-4)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """What is measured."""
+
+    # Images that are scored. Choose settings on selection (validation that no head was fitted
+    # on), report test.
+    split: Literal["train", "val", "selection", "test"] = "test"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment. Copy a file of recipes/ and edit it."""
+
+    data: Data
+    teachers: Teachers = Teachers()
+    bias_model: BiasModel = BiasModel()
+    # Students by name: an ablation is a dict of them.
+    students: Mapping[str, Distill] = field(default_factory=lambda: {"agre": Distill()})
+    eval: Eval = Eval()
+    # Every student is trained once with each of these.
+    seeds: tuple[Natural, ...] = (0, 1, 2)
+    # Folder of the data.
+    root: str = "."
+    # Figures printed beside the measured ones: row of the report -> column -> per cent.
+    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Common:
+    """Flags of every command."""
+
+    # Folder of the data.
+    root: str = "."
+    # Folder of the results.
+    out: str = "runs/<recipe>"
+    # Seeds of the students.
+    seeds: tuple[Natural, ...] = (0, 1, 2)
+    # Arithmetic. launch: what `accelerate launch --mixed_precision` says, else float32.
+    precision: Literal["launch", "float32", "bfloat16", "float16", "float64"] = "launch"
+    # With several processes: each trains whole models, or all share the batches of one. auto:
+    # models where there are more of them than processes.
+    parallel: Literal["auto", "models", "data"] = "auto"
+    # Make again what was made with other settings (deletes it), or even with the same.
+    redo: bool = False
+    # Insist on going on from a checkpoint: an error where there is none. (Checkpoints are used
+    # without it too.)
+    resume: bool = False
+
+
+def check(value: Any, hint: Any, name: str) -> None:
+    """Raise Problem unless `value` has the type `hint` and lies in its Range, sections included."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        check(value, args[0], name)
+        right = all(r.low <= value <= r.high for r in args[1:] if isinstance(r, Range))
+    elif origin is Literal:
+        right = value in args
+    elif origin is types.UnionType:  # of a function and None, the one union in use
+        right = value is None or callable(value)
+    elif hint is float:
+        right = type(value) in (int, float) and not math.isnan(value)
+    else:
+        right = isinstance(value, origin or hint) and (hint is bool or not isinstance(value, bool))
+    if right and origin is tuple:
+        kinds = [args[0]] * len(value) if args[-1] is ... else args
+        right = len(kinds) == len(value)
+        for i, (item, kind) in enumerate(zip(value, kinds, strict=False)):
+            check(item, kind, f"{name}[{i}]")
+    if not right:
+        raise Problem(f"{name} = {value!r}: must be {_in_words(hint)}.")
+    if is_dataclass(hint):
+        for key, kind in typing.get_type_hints(hint, include_extras=True).items():
+            check(getattr(value, key), kind, f"{name}.{key}")
+    elif origin is Mapping:
+        for key, item in value.items():
+            check(key, args[0], f"a name in {name}")
+            check(item, args[1], f"{name}[{key!r}]")
+
+
+def _in_words(hint: Any) -> str:
+    """A type, for error lines."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        bounds = next((rule for rule in args[1:] if isinstance(rule, Range)), Range())
+        limits = f" at least {bounds.low:g}" * (bounds.low > -math.inf)
+        limits += f" and at most {bounds.high:g}" * (bounds.high < math.inf)
+        return _in_words(args[0]) + limits
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        return f"a tuple of {'' if args[-1] is ... else f'{len(args)} times '}{_in_words(args[0])}"
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def check_recipe(recipe: Recipe, name: str) -> None:
+    """Raise Problem for a value of wrong type or range, or values that exclude each other."""
+    check(recipe, Recipe, name)
+    data, teachers, bias_model = recipe.data, recipe.teachers, recipe.bias_model
+    trains = {f"students[{key!r}]": student.train for key, student in recipe.students.items()}
+    trains |= {"teachers": teachers.train, "bias_model": bias_model.train}
+
+    def refuse(wrong: bool, told: str) -> None:
+        if wrong:
+            raise Problem(f"{name}: {told}.")
+
+    refuse(data.crop > data.size,
+           f"data.crop = {data.crop} is larger than data.size = {data.size}")
+    refuse(not recipe.seeds or not recipe.students, "needs at least one seed and one student")
+    for key, train in trains.items():
+        refuse(train.select == "best" and data.reweighting == 1,
+               f"{key}.select = 'best' needs a selection part, and data.reweighting = 1 leaves none")
+    refuse(bias_model.kind == "teacher" and bias_model.teacher >= teachers.num_teachers,
+           f"bias_model.teacher = {bias_model.teacher}, but there are {teachers.num_teachers} "
+           "teachers, counted from 0")
+    for key, student in recipe.students.items():
+        refuse(not re.fullmatch(r"\w[\w.+=,-]*", key),
+               f"student {key!r}: letters, digits and . _ + = , - make a name")
+        refuse(student.num_teachers > teachers.num_teachers,
+               f"students[{key!r}].num_teachers = {student.num_teachers}, but there are "
+               f"{teachers.num_teachers} teachers")
+        micro, total = student.train.micro_batch, student.train.batch_size
+        refuse(student.space == "batch" and 0 < micro < total,
+               f"students[{key!r}]: space = 'batch' compares gradients of whole batches, not of "
+               "micro-batches: set micro_batch = 0")
+
+
+# --------------------------------------------------------------------------------------------------
+# Basics: hashes, files, processes
+# --------------------------------------------------------------------------------------------------
+
+
+def hash_bits(*keys: int | np.ndarray) -> np.ndarray:
+    """Counter-based 64-bit hash of integers, broadcast: splitmix64's finaliser, chained.
+
+    The same on every machine, process and library version: views, orders and seeds rest on it.
+    """
+    state = np.zeros(1, np.uint64)
+    for key in keys:
+        state = (state ^ np.asarray(key).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def hash_uniform(*keys: int | np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1), a function of the integers alone."""
+    return (hash_bits(*keys) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def permutation(n: int, *keys: int) -> np.ndarray:
+    """A random order of 0..n-1, a function of the keys alone."""
+    return np.argsort(hash_bits(*keys, np.arange(n)), kind="stable")
+
+
+def digest(*parts: Any) -> str:
+    """16 hexadecimal digits that identify the parts (bytes, or anything JSON can hold)."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+        sha.update(b"\0")
+    return sha.hexdigest()[:16]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A section as {flag name: plain value}; sections without a prefix of their own add none."""
+    if not is_dataclass(value):
+        return {prefix: list(value) if isinstance(value, tuple) else value}
+    flat: dict[str, Any] = {}
+    for item in fields(value):
+        name = "" if item.name in ("train", "input", "common", "section") else item.name
+        joined = ".".join(part for part in (prefix, name) if part)
+        flat |= flatten(getattr(value, item.name), joined)
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """"lr 0.1 → 0.2, ..." for the values that differ; empty if none do."""
+    names = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return ", ".join(f"{k} {old.get(k, 'nothing')} → {new.get(k, 'nothing')}" for k in names)
+
+
+def write_file(path: Path, content: bytes | memoryview | str) -> None:
+    """Write a file whole or not at all. Raises Problem if the disk is full or not writable."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise Problem(f"{path} could not be written ({error.strerror}): make room there, or choose "
+                      "another folder with --out; the same command then goes on from where it "
+                      "was.") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold a lock between processes of this machine; it ends with the process, however it ends.
+
+    Raises Problem if another process holds it and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            raise Problem(f"{path.parent} is being written by another run ({file.read().strip()}): "
+                          "wait for it, stop it, or write elsewhere with --out.") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def progress(items: Any = None, label: str = "", **more: Any) -> Any:
+    """A progress bar: on terminals only, and for the first process."""
+    hidden = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0
+    return tqdm(items, desc=label, disable=hidden, leave=False, dynamic_ncols=True,
+                main_process_only=False, **more)
+
+
+def say(*lines: str) -> None:
+    """Print on the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Devices, processes and arithmetic, from accelerate."""
+
+    accelerator: Accelerator
+    precision: str  # float32, bfloat16, float16 (both autocast) or float64
+    shared: bool = False  # do the processes share the batches of one training?
+
+    @staticmethod
+    def start(precision: str) -> Runtime:
+        mixed = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks wait for stores
+        try:
+            accelerator = Accelerator(
+                mixed_precision=mixed.get(precision), kwargs_handlers=[patience]
+            )
+        except ValueError as error:
+            raise Problem(f"--precision {precision}: {error}") from error
+        if precision == "launch":
+            names = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+            precision = names.get(accelerator.mixed_precision, "")
+        if not precision:
+            raise Problem(f"Mixed precision {accelerator.mixed_precision} is not supported.")
+        return Runtime(accelerator, precision)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    @property
+    def rank(self) -> int:
+        """Place of this process among those that share one training."""
+        return self.accelerator.process_index if self.shared else 0
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes if self.shared else 1
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        return self.accelerator.autocast()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes that share one training."""
+        return self.accelerator.reduce(tensor, "sum") if self.world > 1 else tensor
+
+    def plan(self, jobs: Sequence[Any], parallel: str) -> tuple[Runtime, list[Any]]:
+        """How to train several models: the runtime to use and this process's share of the jobs."""
+        processes = self.accelerator.num_processes
+        # More models than processes: whole models in parallel need no communication.
+        shared = parallel == "data" or (parallel == "auto" and len(jobs) <= processes)
+        runtime = replace(self, shared=shared and processes > 1)
+        own = jobs if runtime.shared else jobs[self.accelerator.process_index :: processes]
+        return runtime, list(own)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: rows, store, views, order
+# --------------------------------------------------------------------------------------------------
+
+
+def _codes(column: str, values: list[str], names: tuple[str, ...], table: Path) -> list[int]:
+    """The numbers a column holds, or the places of its words in `names` (else in sorted order)."""
+    if all(value.isdecimal() for value in values):
+        return [int(value) for value in values]
+    order = list(names) or sorted(set(values))
+    for row, value in enumerate(values):
+        if value not in order:
+            raise Problem(f"{table}, row {row + 2}: column {column!r} holds {value!r}, which is "
+                          f"not one of {', '.join(order)}.")
+    return [order.index(value) for value in values]
+
+
+def read_rows(data: Data, root: str) -> list[Row]:
+    """Rows of the data set, from the recipe's reader or the metadata table.
+
+    Raises Problem for a missing table, column or image, and for an unknown split code.
+    """
+    if data.reader is not None:
+        return list(data.reader(Path(root)))
+    table = Path(root) / data.metadata
+    if not table.is_file():
+        raise Problem(f"{table} does not exist: give the folder of the data with --root.")
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        records = list(reader)
+        present = reader.fieldnames or []
+    wanted = [data.image_column, data.label_column, data.split_column]
+    wanted += [data.attribute_column] if data.attribute_column else []
+    for column in wanted:
+        if column not in present:
+            raise Problem(f"{table} has no column {column!r}; it has "
+                          f"{', '.join(map(repr, present))}: name yours in the recipe's Data "
+                          "(image_column, label_column ...).")
+    if not records:
+        raise Problem(f"{table} has no rows.")
+    for line, record in enumerate(records, 2):
+        if any(record[column] in (None, "") for column in wanted):
+            raise Problem(f"{table}, line {line}: a value of {', '.join(wanted)} is missing.")
+        if record[data.split_column] not in data.split_codes:
+            raise Problem(f"{table}, line {line}: column {data.split_column!r} holds "
+                          f"{record[data.split_column]!r}, but Data.split_codes are "
+                          f"{', '.join(data.split_codes)} (training, validation, test).")
+    files = [table.parent / record[data.image_column] for record in records]
+    if absent := [str(file) for file in files if not file.is_file()]:
+        raise Problem(f"{len(absent)} of the {len(files)} images that {table} names do not exist: "
+                      + ", ".join(absent))
+    column = data.label_column
+    labels = _codes(column, [r[column] for r in records], data.class_names, table)
+    attributes = [0] * len(records)
+    if column := data.attribute_column:
+        attributes = _codes(column, [r[column] for r in records], data.attribute_names, table)
+    splits = [SPLITS[data.split_codes.index(r[data.split_column])] for r in records]
+    return [Row(*row) for row in zip(files, labels, attributes, splits, strict=True)]
+
+
+def decode(source: Path | np.ndarray, size: int, geometry: str) -> np.ndarray:
+    """Decode an image and fit it to the stored square: uint8 [3, size, size]."""
+    image: Image.Image
+    if isinstance(source, np.ndarray):
+        image = Image.fromarray(source)
+    else:
+        with Image.open(source) as file:
+            image = ImageOps.exif_transpose(file)
+    image = image.convert("RGB")
+    box = None
+    if geometry == "shorter_side":
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+BLOCK = 256  # images per checksum, and per step of a prediction
+
+
+@dataclass
+class Store:
+    """A data set, decoded once into a memory-mapped uint8 array [N, 3, S, S]."""
+
+    data: Data
+    folder: Path
+    images: np.ndarray  # uint8 [N, 3, S, S]
+    checksums: list[int]  # CRC-32 of each BLOCK of images
+    labels: np.ndarray  # int64 [N]
+    attributes: np.ndarray  # int64 [N]
+    splits: np.ndarray  # int8 [N], places in SPLITS
+    checked: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        names, attributes = self.data.class_names, self.data.attribute_names
+        self.num_classes = max(int(self.labels.max()) + 1, len(names))
+        self.num_attributes = max(int(self.attributes.max()) + 1, len(attributes))
+        self.class_names = names or tuple(f"class {y}" for y in range(self.num_classes))
+        attributes = attributes or tuple(f"attribute {a}" for a in range(self.num_attributes))
+        for kind, given, needed in (("class_names", self.class_names, self.num_classes),
+                                    ("attribute_names", attributes, self.num_attributes)):
+            if len(given) != needed:
+                raise Problem(f"Data.{kind} has {len(given)} names, but the data have {needed}.")
+        self.groups = self.labels * self.num_attributes + self.attributes
+        self.num_groups = self.num_classes * self.num_attributes
+        self.group_names = [f"{y}, {a}" if self.num_attributes > 1 else y
+                            for y in self.class_names
+                            for a in attributes]
+        # Without attributes, refitting a head balances classes only.
+        self.head_name = "DFR" if self.num_attributes > 1 else "CB-LLR"
+        # What the pixels are, wherever the files lie: moving a data set changes nothing.
+        self.fingerprint = digest(
+            self.checksums, self.labels.tolist(), self.attributes.tolist(), self.splits.tolist()
+        )
+
+    def split(self, name: str) -> np.ndarray:
+        """Indices of a split; `reweighting` and `selection` are the two parts of validation.
+
+        The parts are drawn within every group, alike for all seeds (METHODS: stratified).
+        """
+        if name in SPLITS:
+            return np.flatnonzero(self.splits == SPLITS.index(name))
+        val, parts = self.split("val"), []
+        for g in range(self.num_groups):
+            members = val[self.groups[val] == g]
+            members = members[permutation(len(members), g)]
+            cut = math.ceil(self.data.reweighting * len(members))
+            parts.append(members[:cut] if name == "reweighting" else members[cut:])
+        return np.sort(np.concatenate(parts))
+
+    def counts(self, name: str) -> np.ndarray:
+        """Images per group of a split: int64 [G]."""
+        return np.bincount(self.groups[self.split(name)], minlength=self.num_groups)
+
+    def raw(self, indices: np.ndarray) -> np.ndarray:
+        """Stored images, uint8 [B, 3, S, S]. Each block's checksum is verified when first read."""
+        for block in set((indices // BLOCK).tolist()) - self.checked:
+            found = zlib.crc32(self.images[block * BLOCK :][:BLOCK].tobytes())
+            if found != self.checksums[block]:
+                raise Problem(f"{self.folder} is damaged (block {block}): delete it and run again.")
+            self.checked.add(block)
+        return self.images[indices]
+
+    def view(
+        self, indices: np.ndarray, device: torch.device, view: int | None = None, seed: int = 0
+    ) -> Tensor:
+        """Images as networks see them: float32 [B, 3, crop, crop] in 0..1, not normalised.
+
+        view None is the evaluation view, the centre; otherwise the augmentation of image i is a
+        function of (seed, view, i) alone.
+        """
+        data, size = self.data, self.data.size
+        batch = torch.from_numpy(self.raw(indices)).to(device, non_blocking=True)
+        flips = np.zeros(len(indices), bool)
+        if view is not None and data.flip:
+            flips = hash_uniform(seed, view, indices, 99) < 0.5
+        if view is None or not data.random_crop:
+            start = (size - data.crop) // 2
+            images = batch[:, :, start : start + data.crop, start : start + data.crop].float() / 255
+            flip = torch.from_numpy(flips).to(device)[:, None, None, None]
+            return torch.where(flip, images.flip(3), images) if flips.any() else images
+        left, top, width, height = random_boxes(seed, view, indices, data).T
+        theta = np.zeros((len(indices), 2, 3), np.float32)  # output -> stored square, in -1..1
+        theta[:, 0, 0] = width / size * np.where(flips, -1, 1)
+        theta[:, 1, 1] = height / size
+        theta[:, 0, 2] = (2 * left + width) / size - 1
+        theta[:, 1, 2] = (2 * top + height) / size - 1
+        shape = [len(indices), 3, data.crop, data.crop]
+        grid = F.affine_grid(torch.from_numpy(theta).to(device), shape, align_corners=False)
+        images = F.grid_sample(
+            batch.float() / 255, grid, padding_mode="border", align_corners=False
+        )
+        return images.clamp_(0, 1)
+
+
+def random_boxes(seed: int, view: int, indices: np.ndarray, data: Data) -> np.ndarray:
+    """RandomResizedCrop's boxes (left, top, width, height) in stored pixels: int64 [B, 4].
+
+    torchvision's distribution: ten tries at an area and an aspect ratio, then the whole square.
+    """
+    size, tries = data.size, np.arange(10)
+    keys = (seed, view, indices[:, None])
+    low, high = data.crop_scale
+    area = (low + (high - low) * hash_uniform(*keys, tries)) * size**2  # [B, 10]
+    bounds = np.log(data.crop_ratio)
+    ratio = np.exp(bounds[0] + (bounds[1] - bounds[0]) * hash_uniform(*keys, 10 + tries))
+    width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (width >= 1) & (width <= size) & (height >= 1) & (height <= size)
+    rows, first = np.arange(len(indices)), fits.argmax(1)
+    width = np.where(fits.any(1), width[rows, first], size)
+    height = np.where(fits.any(1), height[rows, first], size)
+    left = (hash_uniform(seed, view, indices, 20) * (size - width + 1)).astype(np.int64)
+    top = (hash_uniform(seed, view, indices, 21) * (size - height + 1)).astype(np.int64)
+    return np.stack([left, top, width, height], 1)
+
+
+def open_store(data: Data, root: str) -> Store:
+    """Build the store of a data set, or find the one built before; check the groups."""
+    rows = read_rows(data, root)
+    if not rows:
+        raise Problem("The recipe's reader returned no images.")
+    for row in rows:
+        if row.split not in SPLITS or row.label < 0 or row.attribute < 0:
+            raise Problem(f"The recipe's reader returned {row!r}: see grokd.Row for what it means.")
+
+    def identity(image: Path | np.ndarray) -> Any:
+        if isinstance(image, np.ndarray):
+            return [str(image.dtype), image.shape, zlib.crc32(image.tobytes())]
+        stat = image.stat()
+        return [str(image.absolute()), stat.st_size, stat.st_mtime_ns]
+
+    key = digest([identity(row.image) for row in rows], data.size, data.geometry)
+    folder = Path(data.store) / key
+    with locked(folder.with_suffix(".lock"), wait=True):
+        if not (folder / "manifest.json").is_file():
+            build_store(rows, data, folder)
+    checksums = json.loads((folder / "manifest.json").read_text())["checksums"]
+    shape = (len(rows), 3, data.size, data.size)
+    images = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape)
+    labels = np.array([row.label for row in rows], np.int64)
+    attributes = np.array([row.attribute for row in rows], np.int64)
+    splits = np.array([SPLITS.index(row.split) for row in rows], np.int8)
+    store = Store(data, folder, images, checksums, labels, attributes, splits)
+    for name in SPLITS:
+        if not len(store.split(name)):
+            raise Problem(f"The data have no {name} images: every split is needed.")
+    present = np.bincount(labels[store.split("train")], minlength=store.num_classes)
+    if absent := [n for n, c in zip(store.class_names, present, strict=True) if not c]:
+        raise Problem(f"No training image of {', '.join(absent)}: each class needs some.")
+    counts = store.counts("reweighting")
+    if absent := [n for n, c in zip(store.group_names, counts, strict=True) if not c]:
+        raise Problem(f"No image of group {'; '.join(absent)} in the part of validation that "
+                      "refits heads: add some, or set attribute_column = '' to balance classes "
+                      "only.")
+    return store
+
+
+def build_store(rows: list[Row], data: Data, folder: Path) -> None:
+    """Decode every image into `folder`, in parallel; the folder appears only when complete."""
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    size = 3 * data.size**2
+    total, free = size * len(rows), shutil.disk_usage(part).free
+    say(f"Decoding {len(rows):,} images into {folder}: {total / 1e9:.2f} GB, {free / 1e9:.0f} free")
+    if total > free:
+        raise Problem(f"{folder} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, "
+                      "lower Data.size, or name another disk as Data.store.")
+    failures: list[str] = []
+
+    def build(start: int) -> int:
+        block = np.zeros((min(BLOCK, len(rows) - start), 3, data.size, data.size), np.uint8)
+        for i in range(len(block)):
+            source = rows[start + i].image
+            try:
+                block[i] = decode(source, data.size, data.geometry)
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                place = source if isinstance(source, Path) else f"image {start + i}"
+                failures.append(f"{place} ({error})")
+        content = block.tobytes()
+        os.pwrite(file.fileno(), content, start * size)
+        return zlib.crc32(content)
+
+    with open(part / "images.u8", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, total)  # a full disk is found here, not half-way
+        starts = range(0, len(rows), BLOCK)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            bar = progress(pool.map(build, starts), "store", total=len(starts))
+            checksums = list(bar)
+    if failures:
+        shutil.rmtree(part)
+        raise Problem(f"{len(failures)} images cannot be read: " + ", ".join(sorted(failures)))
+    (part / "manifest.json").write_text(json.dumps({"checksums": checksums}))
+    part.rename(folder)
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Positions 0..n-1 in the order of an epoch, cut into total batches.
+
+    A last batch of one sample joins the one before: batch norm has no variance to measure on it.
+    """
+    order = permutation(n, seed, epoch)
+    cuts = list(range(batch_size, n, batch_size))
+    if cuts and n - cuts[-1] == 1 and batch_size > 1:
+        cuts.pop()
+    return np.split(order, cuts)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------
+
+
+class CNN2(nn.Sequential):
+    """Two convolutions and a linear layer, for images of 16 to 32 pixels; no batch norm.
+
+    The AGRE-KD paper's student on Coloured MNIST is "a 2-convolution CNN"; the widths are ours.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.layer2 = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+        self.fc = nn.Linear(64 * 16, num_classes)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (He et al. 2016, basic block)."""
+
+    def __init__(self, width_in: int, width: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        stride = 1 if width_in == width else 2
+        self.body = nn.Sequential(
+            nn.Conv2d(width_in, width, 3, stride, 1, bias=False), norm(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False), norm(width),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride == 2:
+            convolution = nn.Conv2d(width_in, width, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, norm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+class ResNet8(nn.Sequential):
+    """A residual network of three blocks (16, 32, 64 wide) for images of 16 to 32 pixels."""
+
+    def __init__(self, num_classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(stem, norm(16), nn.ReLU())
+        self.layer1 = ResidualBlock(16, 16, norm)
+        self.layer2 = ResidualBlock(16, 32, norm)
+        self.layer3 = ResidualBlock(32, 64, norm)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(64, num_classes)
+
+
+SMALL: dict[str, Callable[[int], nn.Module]] = {
+    "cnn2": CNN2, "resnet8": ResNet8,
+    "resnet8_gn": lambda num_classes: ResNet8(num_classes, lambda width: nn.GroupNorm(8, width)),
+}
+
+
+class Classifier(nn.Module):
+    """A network with its normalisation, as a trunk (image -> features) and a linear head.
+
+    forward: images [B, 3, crop, crop] in 0..1 -> logits [B, C], in the head's own precision even
+    under autocast. Raises Problem for an unknown architecture or one without a linear last layer.
+    """
+
+    def __init__(self, arch: str, num_classes: int, input: Input) -> None:
+        super().__init__()
+        self.arch, self.num_classes, self.input = arch, num_classes, input
+        self.trunk = _network(arch, num_classes)
+        self.head_name = next((
+                                  name
+                                  for name, layer in reversed(list(self.trunk.named_modules()))
+                                  if isinstance(layer, nn.Linear) and not name.startswith(AUXILIARY)
+                              ),
+                              "")
+        head = self.trunk.get_submodule(self.head_name) if self.head_name else None
+        if not isinstance(head, nn.Linear) or head.bias is None:
+            raise Problem(f"{arch} does not end in a linear layer with a bias: choose another.")
+        self.head = head
+        self.trunk.set_submodule(self.head_name, nn.Identity())
+        for name, parameter in self.trunk.named_parameters():
+            if name.startswith(AUXILIARY):
+                parameter.requires_grad_(False)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(input.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(input.std)[:, None, None], persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate pooled features [B, d]: what the head multiplies."""
+        side = self.input.input_size
+        if side and side != images.shape[-1]:
+            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        fixed = getattr(self.trunk, "image_size", images.shape[-1])  # vision transformers
+        if fixed != images.shape[-1]:
+            raise Problem(f"{self.arch} takes {fixed} pixels, not {images.shape[-1]}: set "
+                          f"input_size = {fixed}.")
+        output = self.trunk((images.to(self.head.weight.dtype) - self.mean) / self.std)
+        return output if isinstance(output, Tensor) else output.logits  # GoogLeNet, Inception
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits [B, C] of features, outside autocast."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(self.head.weight.dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.features(images))
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """State dict with the keys of the plain network, on the CPU."""
+        state = {k.removeprefix("trunk."): v for k, v in self.state_dict().items()}
+        for name in ("weight", "bias"):
+            state[f"{self.head_name}.{name}"] = state.pop(f"head.{name}")
+        return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+
+    def load_plain(self, state: Mapping[str, Tensor], source: str, any_head: bool = False) -> bool:
+        """Load such a state dict, strictly. With `any_head`, a classification layer for another
+        number of classes is left as it was; returns whether the head was loaded."""
+        own, state = self.plain_state(), dict(state)
+        layers = (f"{self.head_name}.", *AUXILIARY)
+        fits = all(
+            state[k].shape == own[k].shape for k in own if k.startswith(layers) and k in state
+        )
+        if not fits and any_head:
+            state |= {k: own[k] for k in own if k.startswith(layers) and k in state}
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
+        if missing or unknown or shapes:
+            told = [
+                f"{what}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" * (len(keys) > 3))
+                for what, keys in (("missing", missing), ("unknown", unknown), ("shape", shapes))
+                if keys
+            ]
+            raise Problem(f"{source} does not fit {self.arch} ({'; '.join(told)}).")
+        nested = {f"trunk.{k}": v for k, v in state.items()}
+        for name in ("weight", "bias"):
+            nested[f"head.{name}"] = nested.pop(f"trunk.{self.head_name}.{name}")
+        self.load_state_dict(nested)
+        return fits
+
+
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads: unused
+
+
+def _network(arch: str, num_classes: int) -> nn.Module:
+    """The plain network, randomly initialised from torch's generator."""
+    if arch in SMALL:
+        return SMALL[arch](num_classes)
+    from torchvision import models
+
+    known = [*SMALL, *models.list_models(module=models)]
+    if arch not in known:
+        raise Problem(f"Unknown architecture {arch!r}{suggest(arch, known)}")
+    extra = {"init_weights": True} if arch in ("googlenet", "inception_v3") else {}
+    return models.get_model(arch, weights=None, num_classes=num_classes, **extra)
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """ "; did you mean ...?" where something known is close."""
+    close = difflib.get_close_matches(word, known, 3)
+    return f"; did you mean {' or '.join(close)}?" if close else f": known are {', '.join(known)}"
+
+
+def build_model(arch: str, weights: str, num_classes: int, input: Input, seed: int) -> Classifier:
+    """A classifier with its initial weights: random, torchvision's by name, or from a file.
+
+    Weights for another number of classes keep their trunk and get a fresh head.
+    """
+    torch.manual_seed(seed)
+    if weights == "random":
+        return Classifier(arch, num_classes, input)
+    state: Mapping[str, Tensor]
+    if Path(weights).suffix in (".safetensors", ".pth", ".pt"):
+        state, metadata = read_weights(Path(weights))
+        if "input" in metadata:
+            own = stored_input(metadata)
+            input = replace(own, input_size=input.input_size or own.input_size)
+    else:
+        from torchvision import models
+
+        _network(arch, num_classes)  # names the architecture, if that is what is wrong
+        if arch in SMALL:
+            raise Problem(f"{arch} has no weights {weights!r}: use random, or a file of yours.")
+        known = models.get_model_weights(arch)
+        if weights not in known.__members__:
+            hint = suggest(weights, ["random", *known.__members__])
+            raise Problem(f"{arch} has no weights {weights!r}{hint}")
+        try:
+            state = known[weights].get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise Problem(f"The weights {weights} of {arch} could not be fetched ({error}): save "
+                          "them to a file elsewhere and name it as weights, or use weights "
+                          "random.") from error
+        transforms = known[weights].transforms()
+        mean, std = tuple(transforms.mean), tuple(transforms.std)
+        if arch in ("googlenet", "inception_v3"):  # torchvision's transform_input, said directly
+            mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        input = replace(input, mean=mean, std=std)
+    model = Classifier(arch, num_classes, input)
+    model.load_plain(state, weights, any_head=True)
+    return model
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file; raises Problem if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise Problem(f"{path} cannot be read ({error}): if it is damaged, delete it and make it "
+                      "again.") from error
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """State dict and metadata of a weights file (.safetensors, or .pth without pickled code)."""
+    if path.suffix == ".safetensors":
+        metadata = read_metadata(path)
+        return load_file(path), metadata
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's, zipfile's and torch's own, without a common base
+        raise Problem(f"{path} cannot be read ({str(error).splitlines()[0]}): it must exist and "
+                      "hold a state_dict() alone.") from error
+    return state.get("state_dict", state), {}
+
+
+def stored_input(metadata: Mapping[str, str]) -> Input:
+    """What a model of grokd's was fed."""
+    stored = json.loads(metadata["input"])
+    return Input(stored["input_size"], tuple(stored["mean"]), tuple(stored["std"]))
+
+
+def load_model(path: Path, device: torch.device | str = "cpu",
+               store: Store | None = None) -> Classifier:
+    """A model of grokd's from its path alone, in eval mode, frozen; for the classes of `store`."""
+    state, metadata = read_weights(path)
+    if "arch" not in metadata:
+        raise Problem(f"{path} was not written by grokd: its metadata names no architecture.")
+    input, num_classes = stored_input(metadata), len(json.loads(metadata["class_names"]))
+    if store and num_classes != store.num_classes:
+        raise Problem(f"{path} has {num_classes} classes, the data have {store.num_classes}.")
+    model = Classifier(metadata["arch"], num_classes, input)
+    model.to(next(v.dtype for v in state.values() if v.is_floating_point()))
+    model.load_plain(state, str(path))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def trunk_key(model: Classifier) -> str:
+    """Identifies a trunk by content: models that differ only in the head share it."""
+    state = model.trunk.state_dict()
+    told = [model.arch, dataclasses.asdict(model.input)]
+    return digest(told, *(v.cpu().numpy().tobytes() for v in state.values()))
+
+
+def encode(
+    trunks: Sequence[Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
+    view: int | None = None, seed: int = 0,
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The one prediction loop: features [b, d] of every trunk, by blocks of consecutive images.
+
+    Blocks are the same for any number of processes; each process yields its own.
+    """
+    starts = range(BLOCK * runtime.rank, len(indices), BLOCK * runtime.world)
+    for start in progress(starts, "predict") if len(starts) > 20 else starts:
+        part = slice(start, min(start + BLOCK, len(indices)))
+        images = store.view(indices[part], runtime.device, view, seed)
+        with torch.no_grad():
+            yield part, [model.features(images) for model in trunks]
+
+
+def predict(
+    models: Sequence[Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
+    view: int | None = None, seed: int = 0,
+) -> Tensor:
+    """Logits [M, N, C] of frozen models, on the CPU. Models that share a trunk share its pass."""
+    keys = [trunk_key(model) if len(models) > 1 else "" for model in models]
+    trunks = dict(zip(keys, models, strict=True))
+    modes = [(model, model.training) for model in models]
+    for model in models:
+        model.eval()
+    logits = torch.zeros(len(models), len(indices), models[0].num_classes, dtype=runtime.dtype)
+    with runtime.autocast():
+        for part, features in encode([*trunks.values()], store, indices, runtime, view, seed):
+            of_trunk = dict(zip(trunks, features, strict=True))
+            for m, model in enumerate(models):
+                logits[m, part] = model.classify(of_trunk[keys[m]]).to(logits)
+    for model, mode in modes:
+        model.train(mode)
+    return runtime.sum(logits.to(runtime.device)).cpu()
+
+
+@dataclass
+class Targets:
+    """Logits of frozen teachers, and the biased model, for every training image of a view.
+
+    Computed once before the first epoch that needs a view, shared by all students of a command.
+    """
+
+    models: list[Classifier]  # teachers, then the biased model if there is one
+    num_teachers: int
+    store: Store
+    indices: np.ndarray
+    runtime: Runtime
+    seed: int
+    views: dict[int, Tensor] = field(default_factory=dict)  # view -> [M, N, C]
+    current: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def prepare(self, view: int) -> None:
+        """Make the logits of `view` current."""
+        if view not in self.views:
+            logits = predict(self.models, self.store, self.indices, self.runtime, view, self.seed)
+            self.views[view] = logits.to(self.runtime.device)
+            while len(self.views) > 1 and logits.nbytes * len(self.views) > 4e9:
+                del self.views[next(iter(self.views))]
+        self.current = self.views[view]
+
+
+# --------------------------------------------------------------------------------------------------
+# Objectives: losses, AGRE weights
+# --------------------------------------------------------------------------------------------------
+
+# float32 logits may be finite and so large that their differences are not; nothing real is
+# anywhere near, and beyond this bound every softmax is one-hot already.
+LARGEST_LOGIT = 1e15
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Per-sample cross-entropy [B] of logits [B, C] with labels [B]."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def gce(logits: Tensor, labels: Tensor, q: float) -> Tensor:
+    """Generalised cross-entropy (1 - p_y^q) / q per sample [B] (Zhang 2018; LfF, Nam 2020)."""
+    return (1 - torch.exp(-q * cross_entropy(logits, labels))) / q
+
+
+def kd_losses(student: Tensor, targets: Tensor, tau: float) -> Tensor:
+    """tau^2 KL(p_t || p_s) per teacher and sample (Hinton 2015; AGRE-KD's l_t).
+
+    student [B, C], targets [..., B, C] (logits) -> [..., B].
+    """
+    log_p = F.log_softmax(student.clamp(-LARGEST_LOGIT, LARGEST_LOGIT) / tau, -1)
+    p = F.softmax(targets.clamp(-LARGEST_LOGIT, LARGEST_LOGIT) / tau, -1)
+    return tau**2 * F.kl_div(log_p.expand_as(p), p, reduction="none").sum(-1)
+
+
+def logit_gradients(student: Tensor, targets: Tensor, tau: float) -> Tensor:
+    """p_s - p_t in float64: the gradient of `kd_losses` with respect to the logits, over tau."""
+    bound = LARGEST_LOGIT
+    p_s = F.softmax(student.detach().double().clamp(-bound, bound) / tau, -1)
+    return p_s - F.softmax(targets.detach().double().clamp(-bound, bound) / tau, -1)
+
+
+def agre_weights(
+    student: Tensor, teachers: Tensor, biased: Tensor, tau: float, normalise: bool = True,
+    gram: Tensor | None = None,
+) -> Tensor:
+    """AGRE-KD's weights W_t = 1 - cos(grad l_t, grad l_b), per teacher and sample.
+
+    student [B, C], teachers [M, B, C], biased [B, C] (logits) -> float64 [M, B] in [0, 2], no
+    gradient. Not normalised: W_t = max(0, 1 - <grad l_t, grad l_b>).
+
+    Gradients are those with respect to the logits; since the last layer's are their outer product
+    with [h; 1], its cosines are the same. `gram` K = J J^T [B, C, C], with J the Jacobian of the
+    logits, gives those with respect to all parameters: <grad l_t, grad l_b> = d_t^T K d_b.
+
+    Where p_s is within 1e-6 of p_t or p_b a gradient is nil and the cosine 0 by definition. Values
+    under 1e-5 count as 0 (two teachers on the same side of two classes are exactly parallel).
+    Source: Kenfack et al. 2025, equations for W_t; closed form and numerics are ours.
+    """
+    d_t = logit_gradients(student, teachers, tau)  # [M, B, C]
+    d_b = logit_gradients(student, biased, tau)  # [B, C]
+    if gram is None:
+        k_t, k_b = d_t, d_b
+    else:
+        k_t = torch.einsum("mbc,bcd->mbd", d_t, gram.double())
+        k_b = torch.einsum("bc,bcd->bd", d_b, gram.double())
+    if not normalise:
+        return (1 - tau**2 * (k_t * d_b).sum(-1)).clamp(min=0)
+    square_t, square_b = (k_t * d_t).sum(-1), (k_b * d_b).sum(-1)
+    nil = (d_t.norm(dim=-1) < 1e-6) | (d_b.norm(dim=-1) < 1e-6)
+    nil |= (square_t <= 0) | (square_b <= 0)
+    # 1 - cos = |u_t - u_b|^2 / 2 keeps its digits where the two nearly agree.
+    scale_t = torch.where(nil, 1, square_t).rsqrt().unsqueeze(-1)
+    scale_b = torch.where(square_b > 0, square_b, 1).rsqrt().unsqueeze(-1)
+    u, k_u = d_t * scale_t - d_b * scale_b, k_t * scale_t - k_b * scale_b
+    weights = (u * k_u).sum(-1) / 2
+    weights = torch.where(weights < 1e-5, 0, weights).clamp(max=2)
+    return torch.where(nil, 1, weights)
+
+
+def teacher_shares(weights: Tensor, zero: str = "uniform", shrink: float = 0.0) -> Tensor:
+    """Weights [M, B] as shares that sum to 1 over teachers; all 0 for a dropped sample."""
+    weights = (1 - shrink) * weights + shrink
+    total = weights.sum(0)
+    fallback = 1 / len(weights) if zero == "uniform" else 0.0
+    return torch.where(total > 0, weights / torch.where(total > 0, total, 1), fallback)
+
+
+def weighted_kd(
+    student: Tensor, teachers: Tensor, shares: Tensor, tau: float, combine: str = "losses"
+) -> Tensor:
+    """Distillation loss per sample [B]: sum_t share_t l_t, or l of the weighted mean of logits.
+
+    student [B, C], teachers [M, B, C], shares [M, B]. A sample whose shares are 0 loses nothing.
+    """
+    shares = shares.to(student.dtype)
+    if combine == "losses":
+        return (shares * kd_losses(student, teachers, tau)).sum(0)
+    mean = (shares.unsqueeze(-1) * teachers).sum(0)
+    return kd_losses(student, mean, tau) * (shares.sum(0) > 0)
+
+
+def logit_gram(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample logits [B, C] and K = J J^T [B, C, C] over all parameters, in eval mode.
+
+    J [C, P] is the Jacobian of a sample's logits with respect to the parameters, batch norm on its
+    running statistics: C backward passes per sample, whatever the number of teachers.
+    """
+    was_training = model.training
+    model.eval()
+    parameters = {k: v.detach() for k, v in model.named_parameters() if v.requires_grad}
+    rest = {k: v.detach() for k, v in model.named_parameters() if not v.requires_grad}
+    rest |= dict(model.named_buffers())
+
+    def logits(parameters: dict[str, Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
+        output = torch.func.functional_call(model, (parameters, rest), (image[None],))[0]
+        return output, output.detach()
+
+    size = sum(v.numel() for v in parameters.values()) * model.num_classes
+    chunk = max(1, 2**27 // size)  # Jacobians of at most half a gigabyte in float32
+    jacobian = torch.func.vmap(torch.func.jacrev(logits, has_aux=True), in_dims=(None, 0))
+    outputs, grams = [], []
+    for part in images.split(chunk):
+        with torch.autocast(images.device.type, enabled=False):
+            blocks, output = jacobian(parameters, part)
+        flat = [block.flatten(2).double() for block in blocks.values()]  # [b, C, P_i]
+        grams.append(sum(j @ j.mT for j in flat))
+        outputs.append(output)
+    model.train(was_training)
+    return torch.cat(outputs), torch.cat(grams)
+
+
+def batch_weights(
+    logits: Tensor, teachers: Tensor, biased: Tensor, parameters: Sequence[Tensor], tau: float,
+    normalise: bool, total: int, reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """One weight per teacher and batch [M], from gradients over all parameters of the batch mean.
+
+    What the course project did, floor .01 included: W = max(.01, 1 - cos). `logits` must carry
+    the graph; `total` is the batch over all processes, whose gradients `reduce` adds up.
+    """
+    gradients = []
+    for target in [*teachers, biased]:
+        direction = (tau * logit_gradients(logits, target, tau) / total).to(logits.dtype)
+        parts = torch.autograd.grad(logits, parameters, direction, retain_graph=True)
+        gradients.append(reduce(torch.cat([part.flatten() for part in parts])).double())
+    *g_t, g_b = gradients
+    inner = torch.stack([g @ g_b for g in g_t])
+    if normalise:
+        norms = torch.stack([g.norm() * g_b.norm() for g in g_t])
+        inner = torch.where(norms > 0, inner / norms.clamp(min=1e-300), 0)
+    return (1 - inner).clamp(min=0.01)
+
+
+class Batch(NamedTuple):
+    """What an objective sees of one step: this process's part of a total batch."""
+
+    model: Classifier
+    images: Tensor  # [b, 3, crop, crop] in 0..1
+    logits: Tensor  # [b, C], with gradient
+    labels: Tensor  # [b]
+    positions: Tensor  # [b], places in the training set
+    total: int  # samples of the total batch
+    step: int
+    runtime: Runtime
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Per-sample losses [b] with figures to log, and what to prepare before a view is trained on.
+
+    A figure of one value per sample has shape [..., b]; it is averaged over the epoch.
+    """
+
+    losses: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+    prepare: Callable[[int], None] = lambda view: None
+
+
+def erm_objective() -> Objective:
+    return Objective(lambda batch: (cross_entropy(batch.logits, batch.labels), {}))
+
+
+def gce_objective(q: float) -> Objective:
+    return Objective(lambda batch: (gce(batch.logits, batch.labels, q), {}))
+
+
+def distill_objective(settings: Distill, targets: Targets | None, seed: int) -> Objective:
+    """(1 - alpha) CE + alpha wKD with the student's weighting of the teachers (METHODS 5)."""
+    if targets is None:
+        return erm_objective()
+
+    def losses(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, tau = batch.logits, settings.tau
+        current = targets.current[:, batch.positions]  # [M or M + 1, b, C]
+        teachers, biased = current[: targets.num_teachers], current[-1]
+        weights = torch.ones(teachers.shape[:2], dtype=torch.float64, device=logits.device)
+        if settings.weighting == "random":
+            chosen = int(hash_bits(seed, 1, batch.step)[0] % np.uint64(len(teachers)))
+            weights = torch.zeros_like(weights)
+            weights[chosen] = 1
+        elif settings.weighting == "agre" and settings.space == "batch":
+            parameters = [p for p in batch.model.parameters() if p.requires_grad]
+            row = batch_weights(
+                logits, teachers, biased, parameters, tau, settings.normalise, batch.total,
+                batch.runtime.sum,
+            )  # fmt: skip
+            weights = row[:, None].expand_as(weights)
+        elif settings.weighting == "agre":
+            reference, gram = logits, None
+            if settings.space == "parameters":
+                reference, gram = logit_gram(batch.model, batch.images)
+            weights = agre_weights(reference, teachers, biased, tau, settings.normalise, gram)
+        shares = teacher_shares(weights, settings.zero, settings.shrink)
+        distilled = weighted_kd(logits, teachers, shares, tau, settings.combine)
+        labelled = cross_entropy(logits, batch.labels)
+        figures = {"cross_entropy": labelled, "distillation": distilled}
+        if settings.weighting == "agre":
+            figures |= {"weight": weights, "zero_weight_share": (weights.sum(0) == 0).double()}
+        if settings.alpha == 1:  # labels that are not used must not meet extreme logits
+            return distilled, figures
+        return (1 - settings.alpha) * labelled + settings.alpha * distilled, figures
+
+    return Objective(losses, targets.prepare)
+
+
+# --------------------------------------------------------------------------------------------------
+# Head refitting (DFR)
+# --------------------------------------------------------------------------------------------------
+
+
+def balanced_subset(groups: np.ndarray, *keys: int) -> np.ndarray:
+    """Random places in `groups`: of each group as many as the smallest has."""
+    order = permutation(len(groups), *keys)
+    members = [order[groups[order] == g] for g in np.unique(groups)]
+    size = min(map(len, members))
+    return np.sort(np.concatenate([m[:size] for m in members]))
+
+
+def worst_group(correct: np.ndarray, groups: np.ndarray) -> float:
+    """Smallest accuracy of a group, over the groups present."""
+    return min(float(correct[groups == g].mean()) for g in np.unique(groups))
+
+
+def dfr_l1(
+    features: np.ndarray, labels: np.ndarray, groups: np.ndarray, settings: DFR, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """DFR on validation (Kirichenko 2023): mean of l1 logistic regressions on balanced subsets.
+
+    features [N, d], labels [N], groups [N] -> weight [C, d], bias [C], to be applied to the raw
+    features. The penalty is chosen by worst-group accuracy: fitted on one random half of every
+    group, cut to the smallest, judged on the other half. Then one scaler for all samples, as in
+    Izmailov's code. Two classes: liblinear, rows are half the logit each way; more: multinomial
+    (saga). Halving within groups, so that both halves hold each, is ours.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    features = features.astype(np.float64)
+    solver = "liblinear" if len(np.unique(labels)) == 2 else "saga"
+
+    def fitted(x: np.ndarray, y: np.ndarray, penalty: float) -> LogisticRegression:
+        model = LogisticRegression(
+            solver=solver, l1_ratio=1, C=penalty, random_state=seed, max_iter=5000
+        )
+        return model.fit(x, y)
+
+    order = permutation(len(groups), seed, 0)
+    halves: list[list[np.ndarray]] = [[], []]
+    for g in np.unique(groups):
+        members = order[groups[order] == g]
+        halves[0].append(members[: (len(members) + 1) // 2])
+        halves[1].append(members[(len(members) + 1) // 2 :])
+    first, second = (np.sort(np.concatenate(half)) for half in halves)
+    penalty = settings.penalties[0]
+    if len(settings.penalties) > 1:
+        subset = first[balanced_subset(groups[first], seed, 1)]
+        scaler = StandardScaler().fit(features[subset])
+        scores = []
+        for candidate in settings.penalties:
+            model = fitted(scaler.transform(features[subset]), labels[subset], candidate)
+            correct = model.predict(scaler.transform(features[second])) == labels[second]
+            scores.append(worst_group(correct, groups[second]))
+        penalty = settings.penalties[int(np.argmax(scores))]
+    scaler = StandardScaler().fit(features)
+    scaled = scaler.transform(features)
+    weights, biases = [], []
+    for refit in range(settings.num_refits):
+        subset = balanced_subset(groups, seed, 2, refit)
+        model = fitted(scaled[subset], labels[subset], penalty)
+        weights.append(model.coef_)
+        biases.append(model.intercept_)
+    weight = np.mean(weights, 0) / scaler.scale_
+    bias = np.mean(biases, 0) - weight @ scaler.mean_
+    if len(weight) == 1:
+        weight, bias = np.stack([-weight[0], weight[0]]) / 2, np.stack([-bias[0], bias[0]]) / 2
+    return weight, bias
+
+
+def dfr_sgd(
+    features: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_classes: int, settings: DFR,
+    train: Train, seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Last-layer retraining (LaBonte 2023; AGRE-KD's teachers): fresh head, group-balanced batches.
+
+    features [N, d], labels [N], groups [N] -> weight [C, d], bias [C]. SGD at the ERM learning
+    rate held constant, with its momentum, weight decay and batch size; N samples an epoch, drawn
+    with replacement and weight 1 / n_g.
+    """
+    x, y = torch.from_numpy(features.astype(np.float32)), torch.from_numpy(labels)
+    torch.manual_seed(seed)
+    head = nn.Linear(x.shape[1], num_classes)
+    optimizer = torch.optim.SGD(
+        head.parameters(), train.lr, train.momentum, weight_decay=train.weight_decay
+    )
+    sizes = np.bincount(groups)
+    cumulative = np.cumsum(1 / sizes[groups])
+    for epoch in range(settings.epochs):
+        draws = hash_uniform(seed, 3, epoch, np.arange(len(y))) * cumulative[-1]
+        order = np.minimum(np.searchsorted(cumulative, draws, "right"), len(y) - 1)
+        for batch in torch.from_numpy(order).split(train.batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(head(x[batch]), y[batch]).backward()
+            optimizer.step()
+    return head.weight.detach().numpy(), head.bias.detach().numpy()
+
+
+def refit_head(
+    model: Classifier, store: Store, settings: DFR, train: Train, seed: int, runtime: Runtime
+) -> None:
+    """Replace the head by one fitted on the reweighting part, in evaluation view and float32."""
+    indices = store.split("reweighting")
+    model.eval()
+    features = torch.zeros(len(indices), model.head.in_features, dtype=runtime.dtype)
+    for part, (block,) in encode([model], store, indices, runtime):
+        features[part] = block.to(features)
+    embedded = runtime.sum(features.to(runtime.device)).cpu().numpy()
+    labels, groups = store.labels[indices], store.groups[indices]
+    method = settings.method
+    if method == "auto":
+        method = "l1" if store.num_classes == 2 else "sgd"
+    if method == "l1":
+        if (smallest := np.bincount(groups).min()) < 2 and len(settings.penalties) > 1:
+            raise Problem("DFR chooses its penalty on halves of the reweighting part, and a group "
+                          f"has only {smallest} image there: raise Data.reweighting, or give one "
+                          "value as penalties.")
+        weight, bias = dfr_l1(embedded, labels, groups, settings, seed)
+    else:
+        weight, bias = dfr_sgd(embedded, labels, groups, store.num_classes, settings, train, seed)
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(weight))
+        model.head.bias.copy_(torch.from_numpy(bias))
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics and tables
+# --------------------------------------------------------------------------------------------------
+
+
+def group_scores(
+    correct: np.ndarray, groups: np.ndarray, train_counts: np.ndarray
+) -> dict[str, Any]:
+    """Accuracies, in per cent, of predictions that are right (True) or wrong, by group.
+
+    mean: over samples. group_mean: over groups. adjusted_mean: groups weighted by their share of
+    training (what the DFR papers print). wga: the worst group. Groups without samples are None
+    and left out of every average.
+    """
+    sizes = np.bincount(groups, minlength=len(train_counts))
+    hits = np.bincount(groups, weights=correct, minlength=len(train_counts))
+    present = sizes > 0
+    accuracy = 100 * hits[present] / sizes[present]
+    shares = train_counts[present].astype(float)
+    shares = shares if shares.sum() else np.ones_like(shares)
+    by_group: list[float | None] = [None] * len(sizes)
+    for g, value in zip(np.flatnonzero(present), accuracy, strict=True):
+        by_group[g] = float(value)
+    return {"wga": float(accuracy.min()), "mean": float(100 * np.mean(correct)),
+            "group_mean": float(accuracy.mean()),
+            "adjusted_mean": float((accuracy * shares).sum() / shares.sum()), "groups": by_group}
+
+
+def majority_vote(logits: Tensor) -> np.ndarray:
+    """Class most of the models [M, N, C] name, [N]; ties go to the higher mean probability."""
+    votes = F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
+    return (votes + 0.5 * logits.float().softmax(-1).mean(0)).argmax(-1).numpy()
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (ddof = 1; None for a single value)."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table: the first column to the left, the others to the right."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [row[0].ljust(widths[0])]
+        padded += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (w + 1) + ":" for w in widths[1:]]) + "|"
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+COLUMNS = {"wga": "WGA", "mean": "mean", "group_mean": "group mean",
+           "adjusted_mean": "adjusted mean"}
+
+
+def score_cells(scores: Mapping[str, Any]) -> list[str]:
+    """One model's averages and group accuracies, for a table."""
+    values = [*(scores[key] for key in COLUMNS), *scores["groups"]]
+    return ["–" if value is None else f"{value:.1f}" for value in values]
+
+
+def summary_table(results: Mapping[str, Any]) -> str:
+    """The table of results.json: a row per kind of model, mean ± std over its members."""
+
+    def cell(values: Sequence[float | None]) -> str:
+        known = [v for v in values if v is not None]
+        if not known:
+            return "–"
+        mean, std = spread(known)
+        return f"{mean:.1f}" + (f" ± {std:.1f}" if std is not None else "")
+
+    published = {k for row in results["rows"] for k in row["published"]}
+    columns = [k for k in COLUMNS if k in published]
+    names = [group["name"] for group in results["groups"]]
+    header = ["", "models", *COLUMNS.values(), *names]
+    header += [f"published {COLUMNS[k]}" for k in columns]
+    rows = []
+    for row in results["rows"]:
+        members = row["members"]
+        line = [row["name"], str(len(members))]
+        line += [cell([m[k] for m in members]) for k in COLUMNS]
+        line += [cell([m["groups"][g] for m in members]) for g in range(len(names))]
+        for k in columns:
+            value, std = row["published"].get(k), row["published"].get(f"{k}_std")
+            line.append("–" if value is None else f"{value:g}" + (f" ± {std:g}" if std else ""))
+        rows.append(line)
+    return table(header, rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Run directory: artefacts, checkpoints
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Artefact:
+    """A file to be made, with everything that decides its content: settings, data, parents."""
+
+    path: Path
+    settings: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.settings)
+
+    def mismatch(self) -> str:
+        """Empty if the file stands as described, else what is wrong with it."""
+        if not self.path.is_file():
+            return "is missing"
+        metadata = read_metadata(self.path)
+        if metadata.get("fingerprint") == self.fingerprint:
+            return ""
+        return changed(json.loads(metadata.get("settings", "{}")), self.settings)
+
+
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What to say of a file made with other settings."""
+    return f"was made with other settings (old → new): {differences(old, new)}"
+
+
+@dataclass(frozen=True)
+class Context:
+    """One command at work: a recipe, its data, and where its artefacts stand."""
+
+    name: str  # the recipe, as typed
+    recipe: Recipe
+    store: Store
+    out: Path
+    runtime: Runtime
+    common: Common
+
+    def data_settings(self) -> dict[str, Any]:
+        """What models depend on of the data: the images themselves, and how they are cropped."""
+        kept = ["size", "geometry", "crop", "random_crop", "crop_scale", "crop_ratio", "flip"]
+        flat = flatten(self.recipe.data, "data")
+        settings = {f"data.{key}": flat[f"data.{key}"] for key in [*kept, "reweighting"]}
+        return settings | {"data": self.store.fingerprint, "precision": self.runtime.precision}
+
+    def _artefact(self, path: str, settings: dict[str, Any], **own: Any) -> Artefact:
+        settings = {k: v for k, v in settings.items() if k != "checkpoint_minutes"} | own
+        settings["weights"] = identify(settings["weights"])
+        return Artefact(self.out / path, settings | self.data_settings())
+
+    def teacher(self, i: int) -> tuple[Artefact, Artefact]:
+        """Teacher i before and after its head is refitted."""
+        section = self.recipe.teachers
+        arch, weights = section.network(i)
+        settings = flatten(section)
+        del settings["num_teachers"]
+        dfr = {k: settings.pop(k) for k in [*settings] if k.startswith("dfr.")}
+        erm = self._artefact(f"teachers/{i}/erm.safetensors", settings, arch=arch, weights=weights,
+                             seed=section.seed + i)
+        parent = {f"parent teachers/{i}/erm": erm.fingerprint}
+        settings = {**erm.settings, **dfr, **parent}
+        return erm, Artefact(erm.path.with_name("dfr.safetensors"), settings)
+
+    def bias(self) -> Artefact:
+        """The biased model."""
+        section, path = self.recipe.bias_model, "bias-model/model.safetensors"
+        if section.kind == "teacher":
+            parent = self.teacher(section.teacher)[0].fingerprint
+            name = f"parent teachers/{section.teacher}/erm"
+            return Artefact(self.out / path, {"kind": "teacher", name: parent})
+        unused = {"erm": ["q", "stop_after"], "early-stopped": ["q"], "gce": ["stop_after"]}
+        unused_here = ["teacher", *unused[section.kind]]
+        settings = {k: v for k, v in flatten(section).items() if k not in unused_here}
+        return self._artefact(path, settings)
+
+    def student(self, name: str, seed: int) -> Artefact:
+        """A student of the recipe."""
+        student = self.recipe.students[name]
+        parents = {f"parent {key}": a.fingerprint for key, a in self.ensemble(student)}
+        path = f"students/{name}/seed{seed}/model.safetensors"
+        return self._artefact(path, relevant(student), seed=seed, **parents)
+
+    def ensemble(self, student: Distill) -> list[tuple[str, Artefact]]:
+        """What a student learns from: its teachers, DFR ones first, then the biased model."""
+        if student.weighting == "one-hot":
+            return []
+        num_teachers = student.num_teachers or self.recipe.teachers.num_teachers
+        num_dfr = round(student.dfr_share * num_teachers)
+        used = [self.teacher(i)[i < num_dfr] for i in range(num_teachers)]
+        used += [self.bias()] if student.weighting == "agre" else []
+        return [(self.label(artefact), artefact) for artefact in used]
+
+    def label(self, artefact: Artefact) -> str:
+        """An artefact's name in messages: its path below the run directory."""
+        return str(artefact.path.relative_to(self.out).with_suffix(""))
+
+    def finished(self, artefact: Artefact) -> bool:
+        """Does the file stand as described? Raises Problem if it was made with other settings.
+
+        With --redo what stands is deleted first, whatever it was made with.
+        """
+        problem = artefact.mismatch()
+        if self.common.redo:
+            artefact.path.unlink(missing_ok=True)
+        elif problem not in ("", "is missing"):
+            raise Problem(f"{artefact.path} {problem}. Keep both with --out DIR, or make it again "
+                          "with --redo.")
+        return not problem and not self.common.redo
+
+    def require(self, artefact: Artefact, command: str) -> Path:
+        """The path of a finished artefact of an earlier command, or a Problem that names it."""
+        if problem := artefact.mismatch():
+            redo = " --redo" * (problem != "is missing")
+            raise Problem(f"{artefact.path} {problem}. Make it with `python grokd.py {command} "
+                          f"{self.name}{redo}` and the same --root, --out and --precision; what "
+                          "you changed by flags belongs in the recipe.")
+        return artefact.path
+
+
+def relevant(student: Distill) -> dict[str, Any]:
+    """The settings that decide what a student becomes: a one-hot student has no temperature."""
+    unused = [f"dfr.{item.name}" for item in fields(DFR)] if student.head == "own" else []
+    if student.weighting == "one-hot":
+        unused += ["alpha", "tau", "combine", "num_teachers", "dfr_share"]
+    if student.weighting != "agre":
+        unused += ["space", "normalise", "zero", "shrink"]
+    return {k: v for k, v in flatten(student).items() if k not in unused}
+
+
+def identify(weights: str) -> str:
+    """Initial weights by content if they are a file, else by name."""
+    path = Path(weights)
+    return f"{weights} {digest(path.read_bytes())}" if path.is_file() else weights
+
+
+def save_model(model: Classifier, artefact: Artefact, ctx: Context, scores: Any) -> None:
+    """Write a finished model: torchvision's keys, and metadata to load, compare and cite it."""
+    described = {
+        "arch": model.arch, "class_names": ctx.store.class_names, "trunk": trunk_key(model),
+        "input": dataclasses.asdict(model.input), "settings": dict(artefact.settings),
+        "fingerprint": artefact.fingerprint, "metrics": scores, "recipe": ctx.name,
+        "grokd": __version__,
+    }
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in described.items()}
+    write_file(artefact.path, save(model.plain_state(), texts))
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint folder under a temporary name, rename it, then drop older ones."""
+    final, part = folder / f"{step:09d}", folder / f"{step:09d}.part"
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    shutil.rmtree(part, ignore_errors=True)
+    write_file(part / "state.pt", buffer.getbuffer())
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    for old in folder.iterdir():
+        if old != final:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The newest complete checkpoint, or None."""
+    complete = sorted(path for path in folder.glob("*") if path.suffix != ".part")
+    if not complete:
+        return None
+    return torch.load(complete[-1] / "state.pt", map_location="cpu", weights_only=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Fit: one training loop for teachers, biased model and students
+# --------------------------------------------------------------------------------------------------
+
+
+def learning_rate(train: Train, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step (from 0), a plain function: linear warm-up, then the schedule."""
+    warmup, total = train.warmup_epochs * steps_per_epoch, train.epochs * steps_per_epoch
+    if step < warmup:
+        return train.lr * (step + 1) / (warmup + 1)
+    if train.schedule == "constant":
+        return train.lr
+    return train.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def validate(model: Classifier, store: Store, runtime: Runtime) -> dict[str, Any]:
+    """Group scores on the selection part of validation (all of it where no part is left)."""
+    indices = store.split("selection")
+    indices = indices if len(indices) else store.split("val")
+    predicted = predict([model], store, indices, runtime)[0].argmax(-1).numpy()
+    correct = predicted == store.labels[indices]
+    return group_scores(correct, store.groups[indices], store.counts("train"))
+
+
+@dataclass
+class Progress:
+    """How far a run has come: with model and optimiser, all that its checkpoints hold."""
+
+    losses: Tensor  # [epochs, N], per-sample training loss as seen, for finished epochs
+    current: Tensor  # [N], the same for the epoch at work
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)  # figures of the epoch at work
+    history: list[dict[str, Any]] = field(default_factory=list)  # figures of finished epochs
+    best: dict[str, Any] = field(default_factory=dict)  # weights to keep, with select="best"
+
+
+def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefact, ctx: Context,
+        runtime: Runtime, seed: int, stop_after: int | None = None) -> Progress:
+    """Train `model` in place, from the newest checkpoint of `artefact` if there is one.
+
+    Everything random is a function of (seed, step), so a killed run goes on with the bits it would
+    have had. Raises Problem on a loss that is not finite.
+    """
+    store, device, label = ctx.store, runtime.device, ctx.label(artefact)
+    indices = store.split("train")
+    labels = torch.from_numpy(store.labels[indices]).to(device)
+    num_epochs = min(train.epochs, stop_after or train.epochs)
+    steps_per_epoch = len(epoch_batches(len(indices), train.batch_size, seed, 0))
+    num_steps = num_epochs * steps_per_epoch
+    model.to(device, runtime.dtype).train()
+    network: nn.Module = model
+    if runtime.world > 1:
+        if device.type == "cuda":
+            model = typing.cast(Classifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        network = runtime.accelerator.prepare_model(model)
+    optimizer = build_optimizer(model, train, runtime)
+    # Losses are kept in full for any number of epochs: 4 bytes per image and epoch.
+    run = Progress(torch.zeros(num_epochs, len(indices)), torch.zeros(len(indices)))
+    folder = artefact.path.parent / "checkpoints"
+    state = load_checkpoint(folder)
+    if state and state["fingerprint"] != artefact.fingerprint:
+        if not ctx.common.redo:
+            told = changed(json.loads(state["settings"]), artefact.settings)
+            raise Problem(f"{folder} {told}. Keep it with --out DIR, or start again with --redo.")
+        state = None
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        run, threads = Progress(**state["run"]), torch.get_num_threads()
+        note = f"; {state['threads']} threads then, {threads} now: bits may differ"
+        note *= state["threads"] != threads
+        print(f"{label}: goes on at step {run.step:,} of {num_steps:,}{note}", flush=True)
+    elif ctx.common.resume:
+        raise Problem(f"--resume: {folder} holds no checkpoint: start without the flag.")
+    run.current = run.current.to(device)
+    run.sums = {k: v.to(device) for k, v in run.sums.items()}
+
+    def checkpoint() -> float:
+        if runtime.rank == 0:
+            described = {"fingerprint": artefact.fingerprint, "threads": torch.get_num_threads(),
+                         "settings": json.dumps(dict(artefact.settings)), "run": vars(run),
+                         "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_checkpoint(folder, run.step, described)
+        return time.monotonic()
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = None
+    if runtime.rank == 0 and num_epochs:
+        board = SummaryWriter(artefact.path.parent / "tensorboard", purge_step=run.step)
+    bar = progress(label=label, total=num_steps, initial=run.step)
+    began, first_step, saved = time.monotonic(), run.step, time.monotonic()
+    for epoch in range(run.step // steps_per_epoch, num_epochs):
+        view = 0
+        if store.data.random_crop or store.data.flip:  # otherwise all views are one
+            view = epoch % train.num_views if train.num_views else epoch
+        objective.prepare(view)
+        batches = epoch_batches(len(indices), train.batch_size, seed, epoch)
+        for batch in batches[run.step - epoch * steps_per_epoch :]:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(train, run.step, steps_per_epoch)
+            # A process without a sample of a short batch computes one that counts nothing.
+            own = batch[runtime.rank :: runtime.world]
+            scale = runtime.world / len(batch) if len(own) else 0.0
+            own = own if len(own) else batch[:1]
+            micro = train.micro_batch or len(own)
+            for first in range(0, len(own), micro):
+                part = own[first : first + micro]
+                torch.manual_seed(int(hash_bits(seed, run.step, runtime.rank, first)[0] >> 1))
+                images = store.view(indices[part], device, view, train.view_seed)
+                places = torch.from_numpy(part).to(device)
+                last = first + micro >= len(own)
+                with contextlib.nullcontext() if last else runtime.accelerator.no_sync(network):
+                    with runtime.autocast():
+                        logits = network(images)
+                    per_sample, figures = objective.losses(
+                        Batch(model, images, logits, labels[places], places, len(batch), run.step,
+                              runtime))
+                    runtime.accelerator.backward(per_sample.sum() * scale)
+                if scale:
+                    run.current[places] = per_sample.detach().to(run.current)
+                    for name, value in (figures | {"loss": per_sample}).items():
+                        run.sums[name] = run.sums.get(name, 0) + value.detach().double().sum(-1)
+                if board and run.step == 0 and first == 0:
+                    board.add_images("images", images[:16], 0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.step += 1
+            bar.update()
+            check_now = run.step % 20 == 0 or run.step % steps_per_epoch == 0  # it makes a GPU wait
+            if check_now and not torch.isfinite(run.sums["loss"]):
+                raise Problem(f"{label}: the loss is {run.sums['loss'].item()} by step "
+                              f"{run.step:,}: lower lr.")
+            if time.monotonic() - saved > 60 * train.checkpoint_minutes:
+                saved = checkpoint()
+        sums = {k: runtime.sum(v) for k, v in sorted(run.sums.items())}
+        if runtime.world > 1:  # each process has seen the losses of its own samples
+            own = np.concatenate([batch[runtime.rank :: runtime.world] for batch in batches])
+            mine = torch.zeros_like(run.current)
+            mine[torch.from_numpy(own).to(device)] = 1
+            run.current = runtime.sum(run.current * mine)
+        run.losses[epoch] = run.current.cpu()
+        run.sums = {}
+        scores = validate(model, store, runtime)
+        model.train()
+        speed = (run.step - first_step) * train.batch_size / (time.monotonic() - began)
+        entry = {"epoch": epoch + 1, "step": run.step, "lr": optimizer.param_groups[0]["lr"]}
+        entry |= {k: (v / len(indices)).tolist() for k, v in sums.items()} | scores
+        run.history.append(entry)
+        if train.select == "best" and scores["wga"] > run.best.get("wga", -1):
+            weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+            run.best = {"wga": scores["wga"], "epoch": epoch + 1, "model": weights}
+        if board:
+            log_epoch(board, entry, store.group_names, speed)
+        bar.set_postfix(loss=f"{entry['loss']:.3f}", WGA=f"{scores['wga']:.1f}", refresh=False)
+        saved = checkpoint()
+    bar.close()
+    runtime.accelerator.free_memory()
+    if run.best:
+        model.load_state_dict(run.best["model"])
+    if board:
+        log_settings(board, artefact.settings, run.history[-1])
+    return run
+
+
+def build_optimizer(model: Classifier, train: Train, runtime: Runtime) -> Any:
+    """SGD or AdamW over what is trained, prepared by accelerate (loss scaling in float16)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(
+        parameters, train.lr, train.momentum, weight_decay=train.weight_decay)
+    if train.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, train.lr, weight_decay=train.weight_decay)
+    return runtime.accelerator.prepare_optimizer(optimizer)
+
+
+def log_epoch(board: Any, entry: Mapping[str, Any], names: Sequence[str], speed: float) -> None:
+    """One epoch's figures to TensorBoard."""
+    figures = {"charts/lr": entry["lr"], "charts/images_per_second": speed}
+    figures |= {f"losses/{k}": entry.get(k) for k in ("loss", "cross_entropy", "distillation")}
+    figures |= {f"weights/teacher{i}": w for i, w in enumerate(entry.get("weight", []))}
+    figures |= {"weights/zero_share": entry.get("zero_weight_share")}
+    figures |= {f"validation/{k}": entry[k] for k in COLUMNS}
+    figures |= {f"validation_groups/{n}": a for n, a in zip(names, entry["groups"], strict=True)}
+    for name, value in figures.items():
+        if value is not None:
+            board.add_scalar(name, value, entry["step"])
+
+
+def log_settings(board: Any, settings: Mapping[str, Any], last: Mapping[str, Any]) -> None:
+    """The settings as a table, and as hyperparameters beside the last figures, in the same run."""
+    from torch.utils.tensorboard.summary import hparams
+
+    texts = {k: str(v) for k, v in settings.items()}
+    board.add_text("settings", table(["setting", "value"], [*texts.items()]))
+    for summary in hparams(texts, {f"final/{k}": last[k] for k in (*COLUMNS, "loss")}):
+        board.file_writer.add_summary(summary)
+    board.close()
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def making(artefacts: Sequence[Artefact], runtime: Runtime) -> Iterator[None]:
+    """Hold the locks of the folders in which artefacts are made."""
+    with contextlib.ExitStack() as locks:
+        if runtime.rank == 0:
+            for artefact in artefacts:
+                locks.enter_context(locked(artefact.path.parent / ".lock"))
+        yield
+
+
+def train_and_save(section: Teachers | BiasModel | Distill, arch: str, weights: str,
+                   objective: Objective, targets: Mapping[Artefact, DFR | None], ctx: Context,
+                   runtime: Runtime, seed: int, stop_after: int | None = None) -> None:
+    """Build and fit a network, then write it to each of `targets`, under its own or a DFR head.
+
+    The first target also holds the checkpoints while the network is trained.
+    """
+    train, store, artefact = section.train, ctx.store, next(iter(targets))
+    model = build_model(arch, weights, store.num_classes, section.input, seed)
+    if runtime.rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{ctx.label(artefact)}: {arch}, {count:,} parameters, {train.epochs} epochs of "
+              f"{len(store.split('train')):,} images, {train.batch_size} a step", flush=True)
+    began = time.monotonic()
+    run = fit(model, objective, train, artefact, ctx, runtime, seed, stop_after)
+    own_head = {k: v.clone() for k, v in model.head.state_dict().items()}
+    for target, dfr in targets.items():
+        model.head.load_state_dict(own_head)
+        if dfr:
+            refit_head(model, store, dfr, train, seed, runtime)
+        scores = validate(model, store, runtime)
+        if runtime.rank == 0:
+            history = {"epochs": run.history, "best_epoch": run.best.get("epoch"), "final": scores}
+            stem = target.path.with_suffix("")
+            write_file(Path(f"{stem}.history.json"), json.dumps(history, indent=1))
+            write_file(Path(f"{stem}.losses.safetensors"), save({"losses": run.losses}))
+            save_model(model, target, ctx, scores)
+            print(f"{ctx.label(target)}: validation WGA {scores['wga']:.1f} %, group mean "
+                  f"{scores['group_mean']:.1f} %, {time.monotonic() - began:.0f} s", flush=True)
+    if runtime.rank == 0:
+        shutil.rmtree(artefact.path.parent / "checkpoints", ignore_errors=True)
+
+
+def run_teachers(ctx: Context) -> None:
+    """Train the teachers (ERM), then refit their heads (DFR); print both by group."""
+    section, store, rows = ctx.recipe.teachers, ctx.store, []
+    runtime, jobs = ctx.runtime.plan(range(section.num_teachers), ctx.common.parallel)
+    for i in jobs:
+        erm, dfr = ctx.teacher(i)
+        seed = section.seed + i
+        with making([erm], runtime):
+            if not ctx.finished(erm):
+                train_and_save(section, *section.network(i), erm_objective(), {erm: None}, ctx,
+                               runtime, seed)
+            if not ctx.finished(dfr):
+                model = load_model(erm.path, runtime.device)
+                refit_head(model, store, section.dfr, section.train, seed, runtime)
+                scores = validate(model, store, runtime)
+                if runtime.rank == 0:
+                    save_model(model, dfr, ctx, scores)
+    ctx.runtime.accelerator.wait_for_everyone()
+    for i in range(section.num_teachers):
+        for artefact, head in zip(ctx.teacher(i), ("ERM", store.head_name), strict=True):
+            scores = json.loads(read_metadata(artefact.path)["metrics"])
+            rows.append([f"{i} {artefact.settings['arch']} {head}", *score_cells(scores)])
+    part = "selection part" if store.data.reweighting < 1 else "on which heads were fitted"
+    header = ["teacher", *COLUMNS.values(), *store.group_names]
+    say(f"\nTeachers, validation ({part}), per cent:", table(header, rows), "")
+
+
+def run_bias_model(ctx: Context) -> None:
+    """Train the biased model, or take a teacher's ERM parent."""
+    section, artefact = ctx.recipe.bias_model, ctx.bias()
+    runtime, jobs = ctx.runtime.plan([artefact], ctx.common.parallel)
+    for _ in jobs:
+        with making([artefact], runtime):
+            if ctx.finished(artefact):
+                continue
+            if section.kind == "teacher":
+                parent = ctx.require(ctx.teacher(section.teacher)[0], "teachers")
+                if runtime.rank == 0:
+                    for end in (".history.json", ".losses.safetensors"):
+                        copy = artefact.path.with_name("model" + end)
+                        write_file(copy, parent.with_name("erm" + end).read_bytes())
+                    metrics = json.loads(read_metadata(parent)["metrics"])
+                    save_model(load_model(parent), artefact, ctx, metrics)
+                    say(f"bias-model: teacher {section.teacher} before its head was refitted")
+                continue
+            objective = gce_objective(section.q) if section.kind == "gce" else erm_objective()
+            stop_after = section.stop_after if section.kind == "early-stopped" else None
+            train_and_save(section, section.arch, section.weights, objective, {artefact: None}, ctx,
+                           runtime, section.seed, stop_after)
+    ctx.runtime.accelerator.wait_for_everyone()
+
+
+def run_distill(ctx: Context) -> None:
+    """Train every student with every seed; those that differ only in the head are trained once."""
+    jobs: dict[tuple[str, int], list[str]] = {}
+    for seed in ctx.recipe.seeds:
+        for name, student in ctx.recipe.students.items():
+            alike = json.dumps(relevant(replace(student, head="own")))
+            jobs.setdefault((alike, seed), []).append(name)
+    for student in ctx.recipe.students.values():
+        for name, artefact in ctx.ensemble(student):
+            ctx.require(artefact, "bias-model" if name.startswith("bias") else "teachers")
+    runtime, own_jobs = ctx.runtime.plan([*jobs.items()], ctx.common.parallel)
+    ensembles: dict[tuple[Any, ...], Targets] = {}
+    for (_, seed), names in own_jobs:
+        students = {ctx.student(name, seed): ctx.recipe.students[name] for name in names}
+        with making([*students], runtime):
+            targets = {a: s.dfr if s.head == "dfr" else None for a, s in students.items()
+                       if not ctx.finished(a)}
+            if targets:
+                student = students[next(iter(targets))]
+                teachers = load_targets(ctx, student, runtime, ensembles)
+                train_and_save(student, student.arch, student.weights,
+                               distill_objective(student, teachers, seed), targets, ctx, runtime,
+                               seed)
+    ctx.runtime.accelerator.wait_for_everyone()
+
+
+def load_targets(ctx: Context, student: Distill, runtime: Runtime,
+                 loaded: dict[tuple[Any, ...], Targets]) -> Targets | None:
+    """The frozen ensemble of a student; one that an earlier student used is used again."""
+    ensemble, seed = ctx.ensemble(student), student.train.view_seed
+    if not ensemble:
+        return None
+    key = (*(artefact.fingerprint for _, artefact in ensemble), seed)
+    if key not in loaded:
+        models = [load_model(artefact.path, runtime.device, ctx.store) for _, artefact in ensemble]
+        num_teachers = len(models) - (student.weighting == "agre")
+        indices = ctx.store.split("train")
+        loaded[key] = Targets(models, num_teachers, ctx.store, indices, runtime, seed)
+    return loaded[key]
+
+
+class Found(NamedTuple):
+    """A model to be scored: the row of the report it belongs to, its own name, its file."""
+
+    row: str
+    name: str
+    path: Path
+
+
+def find_models(ctx: Context) -> tuple[list[Found], list[str]]:
+    """Every model of the run directory that stands as the recipe describes it, and the others.
+
+    Students made with flags are not in the recipe: they count if data and parents are as now.
+    """
+    pairs = [ctx.teacher(i) for i in range(ctx.recipe.teachers.num_teachers)]
+    heads = ("ERM", ctx.store.head_name)
+    expected = [(f"teachers, {head}", pair[k]) for k, head in enumerate(heads) for pair in pairs]
+    expected.append(("biased model", ctx.bias()))
+    now = ctx.data_settings() | {f"parent {ctx.label(a)}": a.fingerprint for _, a in expected}
+    seeds = {name: set(ctx.recipe.seeds) for name in ctx.recipe.students}
+    for path in sorted((ctx.out / "students").glob("*/seed*/model.safetensors")):
+        seeds.setdefault(path.parent.parent.name, set()).add(int(path.parent.name[4:]))
+    for name, members in seeds.items():
+        for seed in sorted(members):
+            if name in ctx.recipe.students:
+                expected.append((name, ctx.student(name, seed)))
+            else:
+                path = ctx.out / "students" / name / f"seed{seed}" / "model.safetensors"
+                old = json.loads(read_metadata(path).get("settings", "{}"))
+                inputs = {k for k in old if k.startswith("parent ")} | ctx.data_settings().keys()
+                settings = {k: v for k, v in old.items() if k not in inputs}
+                settings |= {k: now.get(k) for k in inputs}
+                expected.append((name, Artefact(path, settings)))
+    found, left_out = [], []
+    for row, artefact in expected:
+        if problem := artefact.mismatch():
+            left_out.append(f"{artefact.path} {problem}")
+        else:
+            found.append(Found(row, ctx.label(artefact), artefact.path))
+    return found, left_out
+
+
+def run_eval(ctx: Context, models: Sequence[Path] = ()) -> None:
+    """Score every model found, or those named, by group; write results.json, report.md, figure."""
+    store, split, end = ctx.store, ctx.recipe.eval.split, "-models" if models else ""
+    found, left_out = [Found(str(path), str(path), path) for path in models], list[str]()
+    if not models:
+        found, left_out = find_models(ctx)
+    if not found:
+        raise Problem(f"{ctx.out} holds no model of this recipe: train them with `python grokd.py "
+                      f"run {ctx.name}`. Left out: {'; '.join(left_out[:3])} ...")
+    runtime = replace(ctx.runtime, shared=ctx.runtime.accelerator.num_processes > 1)
+    indices = store.split(split)
+    labels, groups = store.labels[indices], store.groups[indices]
+    train_counts = store.counts("train")
+    by_trunk: dict[str, list[Found]] = {}  # versions of a network with other heads run together
+    for model in found:
+        trunk = read_metadata(model.path).get("trunk", str(model.path))
+        by_trunk.setdefault(trunk, []).append(model)
+    logits: dict[Found, Tensor] = {}  # [N, C]
+    for members in progress([*by_trunk.values()], "eval"):
+        loaded = [load_model(model.path, runtime.device, store) for model in members]
+        logits |= zip(members, predict(loaded, store, indices, runtime), strict=True)
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    votes = {f"teachers, {store.head_name}": f"teachers' vote, {store.head_name}"}
+    votes |= {name: f"deep ensemble of {name}" for name, student in ctx.recipe.students.items()
+              if student.weighting == "one-hot"}
+    for row in dict.fromkeys(model.row for model in found):
+        members = [model for model in found if model.row == row]
+        predicted = {model.name: logits[model].argmax(-1).numpy() for model in members}
+        rows[row] = [{"name": name} | group_scores(p == labels, groups, train_counts)
+                     for name, p in predicted.items()]
+        if row in votes and len(members) > 1:
+            vote = majority_vote(torch.stack([logits[model] for model in members]))
+            scores = group_scores(vote == labels, groups, train_counts)
+            rows[votes[row]] = [{"name": votes[row]} | scores]
+    results = {
+        "about": about(ctx, split),
+        "groups": [{"name": name, "images": int(n), "train_images": int(t)} for name, n, t
+                   in zip(store.group_names, store.counts(split), train_counts, strict=True)],
+        "rows": [{"name": name, "published": ctx.recipe.published.get(name, {}), "members": members}
+                 for name, members in rows.items()],
+        "left_out": left_out,
+    }
+    if ctx.runtime.accelerator.is_main_process:
+        write_file(ctx.out / f"results{end}.json", json.dumps(results, indent=1) + "\n")
+        write_file(ctx.out / f"report{end}.md", report(results))
+        write_file(ctx.out / f"groups{end}.png", draw_groups(results))
+        say(report(results), f"Written: report{end}.md, results{end}.json and groups{end}.png in "
+            f"{ctx.out}")
+    ctx.runtime.accelerator.wait_for_everyone()
+
+
+def about(ctx: Context, split: str) -> dict[str, Any]:
+    """Where figures come from: command, date, commit, machine, versions, seeds."""
+    here = str(Path(__file__).parent)
+    asked = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
+        commit = f"grokd {__version__}"
+    machine = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        if named := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            machine = named[1]
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    processes, teachers = ctx.runtime.accelerator.num_processes, ctx.recipe.teachers
+    return {
+        "command": " ".join(["python grokd.py", *sys.argv[1:]]), "recipe": ctx.name, "split": split,
+        "date": time.strftime("%Y-%m-%d"), "commit": commit,
+        "hardware": f"{machine}, {processes} process(es) of {torch.get_num_threads()} threads",
+        "versions": f"grokd {__version__}, torch {torch.__version__}, Python "
+                    f"{platform.python_version()}",
+        "seeds": list(ctx.recipe.seeds),
+        "teacher_seeds": [teachers.seed + i for i in range(teachers.num_teachers)],
+    }
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """results.json as Markdown: summary, groups, every model, what was left out."""
+    facts, groups = results["about"], results["groups"]
+    split, names = facts["split"], [group["name"] for group in groups]
+    sizes = [[g["name"], str(g["images"]), str(g["train_images"])] for g in groups]
+    single = [[m["name"], *score_cells(m)] for row in results["rows"] for m in row["members"]]
+    empty = [(f"Groups without {split} images, left out of every figure", "images"),
+             ("Groups without training images", "train_images")]
+    notes = [f"{told}: {'; '.join(g['name'] for g in groups if not g[key])}."
+             for told, key in empty if not all(g[key] for g in groups)]
+    parts = [
+        f"# {facts['recipe']}: accuracy by group, {split} images, per cent",
+        "Mean ± sample standard deviation over models. WGA: worst-group accuracy; mean: over "
+        "images; group mean: over groups; adjusted mean: groups weighted by their share of the "
+        "training images.",
+        summary_table(results), "## Groups", table(["group", split, "train"], sizes), *notes,
+        "## Every model", table(["model", *COLUMNS.values(), *names], single),
+    ]
+    if results["left_out"]:
+        parts += ["## Left out", "\n".join(f"- {line}" for line in results["left_out"])]
+    seeds = [", ".join(map(str, facts[key])) for key in ("seeds", "teacher_seeds")]
+    parts += [f"`{facts['command']}`, {facts['date']}, commit {facts['commit']}, "
+              f"{facts['hardware']}, {facts['versions']}; student seeds {seeds[0]}, teacher seeds "
+              f"{seeds[1]}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_groups(results: Mapping[str, Any]) -> bytes:
+    """Figure of results.json (PNG): accuracy of every group, and the worst marked, by row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, names = results["rows"], [group["name"] for group in results["groups"]]
+    figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.36 * len(rows)), layout="constrained")
+    colours = pyplot.get_cmap("tab10" if len(names) <= 10 else "viridis", max(len(names), 10))
+    places = range(len(rows))
+    wga = [spread([m["wga"] for m in row["members"]]) for row in rows]
+    axes.barh(places, [mean for mean, _ in wga], xerr=[std or 0 for _, std in wga], height=0.62,
+              color="0.85", error_kw={"ecolor": "0.45", "capsize": 3},
+              label="worst group (mean ± std)")
+    for g, name in enumerate(names):
+        values = [np.mean([np.nan if (a := m["groups"][g]) is None else a for m in row["members"]])
+                  for row in rows]
+        axes.scatter(values, places, s=28, color=colours(g), zorder=3,
+                     label=name if len(names) <= 10 else None)
+    axes.set_yticks(places, [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 101)
+    axes.set_xlabel(f"accuracy, % of {results['about']['split']} images of the group")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "teachers": "train the teachers and refit their heads on balanced data (DFR)",
+    "bias-model": "train the deliberately biased model, or take a teacher's parent",
+    "distill": "train the students",
+    "eval": "score everything found, by group, and write the report",
+    "run": "all of the above in order",
+}
+STUDENTS = ("Students to train, by name; all if none is named. A flag that changes a student shows "
+            "in its output's name. Values shown here are the first one's.")
+MODELS = "Score just these files, whoever made them."
+
+
+def overview() -> str:
+    """What `--help` prints."""
+    lines = [(__doc__ or "").strip(), "", "Commands:"]
+    lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()] + ["", "Recipes:"]
+    for path in recipe_files():
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines.append(f"  {path.stem:<16}{doc.splitlines()[0] if doc else ''}")
+    return "\n".join(lines)
+
+
+def recipe_files() -> list[Path]:
+    """Recipes that have a bare name: those of ./recipes, then those beside this file."""
+    folders = [Path("recipes"), Path(__file__).parent / "recipes"]
+    files = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.py")}
+    return [files[name] for name in sorted(files)]
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of a file, by path or by bare name; checked."""
+    known = {path.stem: path for path in recipe_files()}
+    path = Path(name) if Path(name).is_file() else known.get(name)
+    if path is None:
+        raise Problem(f"Unknown recipe {name!r}{suggest(name, [*known])}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))  # recipes may build on each other
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
+        line = getattr(error, "lineno", line)
+        raise Problem(f"{path}, line {line}: {type(error).__name__}: {error}.") from error
+    finally:
+        sys.path.pop(0)
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise Problem(f"{path} defines no `recipe = Recipe(...)`.")
+    check_recipe(recipe, path.name)
+    return recipe
+
+
+def parse(kind: Any, default: Any, args: Sequence[str], prog: str, description: str) -> Any:
+    """tyro, with its boxed errors said in one line."""
+    boxed = io.StringIO()
+    first = int(os.environ.get("RANK", 0)) == 0
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.cli(kind, default=default, args=args, prog=prog, description=description,
+                            console_outputs=first)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        text = [line.strip(" │") for line in boxed.getvalue().splitlines()]
+        text = [line for line in text if line and not set(line) & set("╭╰")]
+        rule = next((i for i, line in enumerate(text) if not line.strip("─")), len(text))
+        near = [line.split()[0] for line in text[rule:] if line.startswith("--")]
+        told = " ".join(text[:rule]).rstrip(".")
+        if near and "Perhaps you meant:" in text:
+            told += f"; did you mean {' or '.join(dict.fromkeys(near))}?"
+        raise Problem(f"{told} (see {prog} --help).") from None
+
+
+def apply_flags(command: str, recipe: Recipe, name: str,
+                args: Sequence[str]) -> tuple[Recipe, Common, tuple[Path, ...]]:
+    """The recipe with the command line's flags on top, the common flags, and eval's --models."""
+    prog = f"grokd.py {command} {name}"
+    text = f"{COMMANDS[command].capitalize()}. Values shown are those of the recipe {name}."
+    if command in ("distill", "run"):
+        text += f" Its students: {', '.join(recipe.students)}."
+    common = Common(recipe.root, f"runs/{Path(name).stem}", recipe.seeds)
+    # Which sections have flags; run's carry the section's name.
+    kinds: dict[str, Any] = {"data": Data, "teachers": Teachers, "bias_model": BiasModel,
+                             "distill": Distill, "eval": Eval}
+    if command != "run":
+        key = command.replace("-", "_")
+        kinds = {key: Annotated[kinds[key], FLAT]}
+    options: list[Any] = [*kinds.items(), ("common", Annotated[Common, FLAT])]
+    names = [*recipe.students]
+    if "distill" in kinds:
+        kind: Any = Annotated[tuple[str, ...], tyro.conf.arg(help=STUDENTS)]
+        options.append(("student", kind, field(default=())))
+        # Their values are the defaults that tyro shows, so their names are read before it parses.
+        picked = list(args[args.index("--student") + 1 :]) if "--student" in args else names
+        names = picked[: next((i for i, a in enumerate(picked) if a.startswith("-")), None)]
+    if command == "eval":
+        kind = Annotated[tuple[Path, ...], tyro.conf.arg(help=MODELS)]
+        options.append(("models", kind, field(default=())))
+    flags_type: Any = dataclasses.make_dataclass("Flags", options, frozen=True)
+    students: dict[str, Distill] = dict(recipe.students)
+    for i, student in enumerate(names if "distill" in kinds else names[:1]):
+        if student not in recipe.students:
+            raise Problem(f"Unknown student {student!r}{suggest(student, [*recipe.students])}")
+        old = recipe.students[student]
+        sections = {k: old if k == "distill" else getattr(recipe, k) for k in kinds}
+        default = flags_type(**sections, common=common)
+        flags = parse(flags_type, default, args, prog, text)
+        if i == 0:
+            if told := differences(flatten(default), flatten(flags)):
+                say(f"Flags over the recipe: {told}")
+            students = {} if "distill" in kinds else students
+        if "distill" in kinds:
+            before, after = relevant(old), relevant(flags.distill)
+            altered = [f"{k}={v}" for k, v in after.items() if before.get(k) != v]
+            students[re.sub(r"[^\w.+=,-]+", "_", "+".join([student, *altered]))] = flags.distill
+    kept = {k: getattr(flags, k) for k in kinds if k != "distill"}
+    common = flags.common
+    check(common, Common, "flags")
+    recipe = replace(recipe, **kept, students=students, root=common.root, seeds=common.seeds)
+    check_recipe(recipe, "flags")
+    return recipe, common, getattr(flags, "models", ())
+
+
+def command_line(argv: Sequence[str]) -> None:
+    """Find command and recipe, apply flags, do the work."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        say(overview())
+        return
+    command = argv[0]
+    if command not in COMMANDS:
+        raise Problem(f"Unknown command {command!r}{suggest(command, [*COMMANDS])}")
+    named = len(argv) > 1 and not argv[1].startswith("-")
+    name, args = (argv[1], argv[2:]) if named else ("digits", argv[1:])
+    recipe, common, models = apply_flags(command, load_recipe(name), name, args)
+    began = time.monotonic()
+    runtime = Runtime.start(common.precision)
+    store = open_store(recipe.data, recipe.root)
+    ctx = Context(name, recipe, store, Path(common.out), runtime, common)
+    if command != "eval":
+        counts = [store.counts(part) for part in ("train", "reweighting", "selection", "test")]
+        rows = [[group, *(str(c[g]) for c in counts)] for g, group in enumerate(store.group_names)]
+        header = ["group", "train", "val: reweighting", "val: selection", "test"]
+        say("", table(header, rows), "")
+    stages = {"teachers": run_teachers, "bias-model": run_bias_model, "distill": run_distill}
+    for stage, work in stages.items():
+        if command in (stage, "run"):
+            work(ctx)
+    if command in ("eval", "run"):
+        run_eval(ctx, models)
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory"
+    if torch.cuda.is_available():
+        memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
+    say(f"Took {time.monotonic() - began:.0f} s, at most {memory}.")
+
+
+def main() -> None:
+    """Entry point: problems become one line and exit status 1."""
+    try:
+        command_line(sys.argv[1:])
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()

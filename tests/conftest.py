@@ -1,0 +1,105 @@
+"""Fixtures: the shared data, a tiny data set of files, and grokd as a process."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("GROKD_DATA", ROOT / "../shared/data"))
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-skips", action="store_true", help="fail on skipped tests where the data are present"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, Any]:
+    report = yield
+    excused = item.get_closest_marker("gpu") or item.get_closest_marker("slow")
+    if report.skipped and item.config.getoption("--no-skips") and DATA.is_dir() and not excused:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, with the data present: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Folder of the shared real data."""
+    if not DATA.is_dir():
+        pytest.skip(f"no data at {DATA}: set GROKD_DATA")
+    return DATA.resolve()
+
+
+@pytest.fixture(scope="session")
+def grokd_process() -> Run:
+    """grokd.py as a process: grokd_process(*args, cwd=..., check=True)."""
+
+    def run(*args: str, cwd: Path, check: bool = True, **more: object) -> object:
+        command = [sys.executable, str(ROOT / "grokd.py"), *map(str, args)]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, **more)  # type: ignore[call-overload]
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run  # type: ignore[return-value]
+
+
+RECIPE = '''"""A tiny experiment, for tests."""
+from grokd import BiasModel, DFR, Data, Distill, Recipe, Teachers, Train
+
+train = Train(epochs=2, batch_size=8, lr=0.01)
+dfr = DFR(num_refits=2, penalties=(1.0,))
+student = Distill(arch="cnn2", weights="random", train=train, dfr=dfr)
+recipe = Recipe(
+    data=Data(size=20, crop=16, attribute_column="place", store="store"),
+    teachers=Teachers(2, ("cnn2", "resnet8"), ("random",), dfr=dfr, train=train),
+    bias_model=BiasModel(arch="cnn2", weights="random", train=train),
+    students={
+        "one-hot": Distill("one-hot", arch="cnn2", weights="random", train=train, dfr=dfr),
+        "one-hot-dfr": Distill(
+            "one-hot", arch="cnn2", weights="random", train=train, dfr=dfr, head="dfr"
+        ),
+        "agre": student,
+    },
+    seeds=(0, 1),
+)
+'''
+
+
+def write_images(folder: Path, per_group: int = 4, splits: tuple[str, ...] = ()) -> Path:
+    """Small PNGs of two classes and two places, with metadata.csv, and a recipe tiny.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    rows = []
+    for split in splits or ("train", "val", "test"):
+        for label in (0, 1):
+            for place in (0, 1):
+                for k in range(per_group):
+                    name = f"{split}{label}{place}{k}.png"
+                    pixels = random.integers(0, 120, (24, 30, 3))
+                    pixels[8:16, 8:16] += 120 * label
+                    pixels[:, :, 2 * place] += 80
+                    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name)
+                    rows.append([name, label, place, split])
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["image", "label", "place", "split"], *rows])
+    (folder / "tiny.py").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with the tiny data set and its recipe."""
+    return write_images(tmp_path / "images")
