@@ -350,11 +350,12 @@ class Common:
     resume: bool = False
 
 
-def check(value: Any, hint: Any, name: str) -> None:
+def check(value: Any, hint: Any, name: str, told: str = "") -> None:
     """Raise Problem unless `value` has the type `hint` and lies in its Range, sections included."""
+    told = told or _in_words(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        check(value, args[0], name)
+        check(value, args[0], name, told)
         right = all(r.low <= value <= r.high for r in args[1:] if isinstance(r, Range))
     elif origin is Literal:
         right = value in args
@@ -370,7 +371,7 @@ def check(value: Any, hint: Any, name: str) -> None:
         for i, (item, kind) in enumerate(zip(value, kinds, strict=False)):
             check(item, kind, f"{name}[{i}]")
     if not right:
-        raise Problem(f"{name} = {value!r}: must be {_in_words(hint)}.")
+        raise Problem(f"{name} = {value!r}: must be {told}.")
     if is_dataclass(hint):
         for key, kind in typing.get_type_hints(hint, include_extras=True).items():
             check(getattr(value, key), kind, f"{name}.{key}")
@@ -412,7 +413,7 @@ def check_recipe(recipe: Recipe, name: str) -> None:
     refuse(not recipe.seeds or not recipe.students, "needs at least one seed and one student")
     for key, train in trains.items():
         refuse(train.select == "best" and data.reweighting == 1,
-               f"{key}.select = 'best' needs a selection part, and data.reweighting = 1 leaves none")
+               f"{key}.select = 'best' needs a selection part: data.reweighting = 1 leaves none")
     refuse(bias_model.kind == "teacher" and bias_model.teacher >= teachers.num_teachers,
            f"bias_model.teacher = {bias_model.teacher}, but there are {teachers.num_teachers} "
            "teachers, counted from 0")
@@ -703,6 +704,14 @@ class Store:
         self.group_names = [f"{y}, {a}" if self.num_attributes > 1 else y
                             for y in self.class_names
                             for a in attributes]
+        self.parts = {name: np.flatnonzero(self.splits == i) for i, name in enumerate(SPLITS)}
+        val, refit = self.parts["val"], []
+        for g in range(self.num_groups):
+            members = val[self.groups[val] == g]
+            share = math.ceil(self.data.reweighting * len(members))
+            refit.append(members[permutation(len(members), g)][:share])
+        self.parts["reweighting"] = np.sort(np.concatenate(refit))
+        self.parts["selection"] = np.setdiff1d(val, self.parts["reweighting"])
         # Without attributes, refitting a head balances classes only.
         self.head_name = "DFR" if self.num_attributes > 1 else "CB-LLR"
         # What the pixels are, wherever the files lie: moving a data set changes nothing.
@@ -715,15 +724,7 @@ class Store:
 
         The parts are drawn within every group, alike for all seeds (METHODS: stratified).
         """
-        if name in SPLITS:
-            return np.flatnonzero(self.splits == SPLITS.index(name))
-        val, parts = self.split("val"), []
-        for g in range(self.num_groups):
-            members = val[self.groups[val] == g]
-            members = members[permutation(len(members), g)]
-            cut = math.ceil(self.data.reweighting * len(members))
-            parts.append(members[:cut] if name == "reweighting" else members[cut:])
-        return np.sort(np.concatenate(parts))
+        return self.parts[name]
 
     def counts(self, name: str) -> np.ndarray:
         """Images per group of a split: int64 [G]."""
@@ -1083,7 +1084,8 @@ def build_model(arch: str, weights: str, num_classes: int, input: Input, seed: i
             mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
         input = replace(input, mean=mean, std=std)
     model = Classifier(arch, num_classes, input)
-    model.load_plain(state, weights, any_head=True)
+    if not model.load_plain(state, weights, any_head=True):
+        say(f"{weights}: its head is for other classes, so {arch} starts with a random one")
     return model
 
 
@@ -1400,7 +1402,7 @@ def distill_objective(settings: Distill, targets: Targets | None, seed: int) -> 
             row = batch_weights(
                 logits, teachers, biased, parameters, tau, settings.normalise, batch.total,
                 batch.runtime.sum,
-            )  # fmt: skip
+            )
             weights = row[:, None].expand_as(weights)
         elif settings.weighting == "agre":
             reference, gram = logits, None
@@ -1857,7 +1859,6 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
     """
     store, device, label = ctx.store, runtime.device, ctx.label(artefact)
     indices = store.split("train")
-    labels = torch.from_numpy(store.labels[indices]).to(device)
     num_epochs = min(train.epochs, stop_after or train.epochs)
     steps_per_epoch = len(epoch_batches(len(indices), train.batch_size, seed, 0))
     num_steps = num_epochs * steps_per_epoch
@@ -1886,11 +1887,17 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
         print(f"{label}: goes on at step {run.step:,} of {num_steps:,}{note}", flush=True)
     elif ctx.common.resume:
         raise Problem(f"--resume: {folder} holds no checkpoint: start without the flag.")
-    run.current = run.current.to(device)
-    run.sums = {k: v.to(device) for k, v in run.sums.items()}
+    held = float(runtime.rank == 0)
+    run.current = run.current.to(device) * held
+    run.sums = {k: v.to(device) * held for k, v in run.sums.items()}
 
     def checkpoint() -> float:
-        if runtime.rank == 0:
+        run.sums = {k: runtime.sum(v) for k, v in sorted(run.sums.items())}
+        run.current = runtime.sum(run.current)
+        if runtime.rank:  # from here on the first process holds what all have seen
+            run.sums = {k: torch.zeros_like(v) for k, v in run.sums.items()}
+            run.current = torch.zeros_like(run.current)
+        else:
             described = {"fingerprint": artefact.fingerprint, "threads": torch.get_num_threads(),
                          "settings": json.dumps(dict(artefact.settings)), "run": vars(run),
                          "model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -1899,82 +1906,95 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
 
     from torch.utils.tensorboard import SummaryWriter
 
-    board = None
-    if runtime.rank == 0 and num_epochs:
-        board = SummaryWriter(artefact.path.parent / "tensorboard", purge_step=run.step)
-    bar = progress(label=label, total=num_steps, initial=run.step)
     began, first_step, saved = time.monotonic(), run.step, time.monotonic()
-    for epoch in range(run.step // steps_per_epoch, num_epochs):
-        view = 0
-        if store.data.random_crop or store.data.flip:  # otherwise all views are one
-            view = epoch % train.num_views if train.num_views else epoch
-        objective.prepare(view)
-        batches = epoch_batches(len(indices), train.batch_size, seed, epoch)
-        for batch in batches[run.step - epoch * steps_per_epoch :]:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(train, run.step, steps_per_epoch)
-            # A process without a sample of a short batch computes one that counts nothing.
-            own = batch[runtime.rank :: runtime.world]
-            scale = runtime.world / len(batch) if len(own) else 0.0
-            own = own if len(own) else batch[:1]
-            micro = train.micro_batch or len(own)
-            for first in range(0, len(own), micro):
-                part = own[first : first + micro]
-                torch.manual_seed(int(hash_bits(seed, run.step, runtime.rank, first)[0] >> 1))
-                images = store.view(indices[part], device, view, train.view_seed)
-                places = torch.from_numpy(part).to(device)
-                last = first + micro >= len(own)
-                with contextlib.nullcontext() if last else runtime.accelerator.no_sync(network):
-                    with runtime.autocast():
-                        logits = network(images)
-                    per_sample, figures = objective.losses(
-                        Batch(model, images, logits, labels[places], places, len(batch), run.step,
-                              runtime))
-                    runtime.accelerator.backward(per_sample.sum() * scale)
-                if scale:
-                    run.current[places] = per_sample.detach().to(run.current)
-                    for name, value in (figures | {"loss": per_sample}).items():
-                        run.sums[name] = run.sums.get(name, 0) + value.detach().double().sum(-1)
-                if board and run.step == 0 and first == 0:
+    bar = progress(label=label, total=num_steps, initial=run.step)
+    with contextlib.ExitStack() as stack:
+        board = None
+        if runtime.rank == 0 and num_epochs:
+            logs = artefact.path.parent / "tensorboard"
+            board = stack.enter_context(SummaryWriter(logs, purge_step=run.step))
+        for epoch in range(run.step // steps_per_epoch, num_epochs):
+            view = 0
+            if store.data.random_crop or store.data.flip:  # otherwise all views are one
+                view = epoch % train.num_views if train.num_views else epoch
+            objective.prepare(view)
+            batches = epoch_batches(len(indices), train.batch_size, seed, epoch)
+            for batch in batches[run.step - epoch * steps_per_epoch :]:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(train, run.step, steps_per_epoch)
+                images = accumulate(model, network, objective, train, batch, run, store, view, seed,
+                                    runtime)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if board and run.step == 0:
                     board.add_images("images", images[:16], 0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            run.step += 1
-            bar.update()
-            check_now = run.step % 20 == 0 or run.step % steps_per_epoch == 0  # it makes a GPU wait
-            if check_now and not torch.isfinite(run.sums["loss"]):
-                raise Problem(f"{label}: the loss is {run.sums['loss'].item()} by step "
-                              f"{run.step:,}: lower lr.")
-            if time.monotonic() - saved > 60 * train.checkpoint_minutes:
-                saved = checkpoint()
-        sums = {k: runtime.sum(v) for k, v in sorted(run.sums.items())}
-        if runtime.world > 1:  # each process has seen the losses of its own samples
-            own = np.concatenate([batch[runtime.rank :: runtime.world] for batch in batches])
-            mine = torch.zeros_like(run.current)
-            mine[torch.from_numpy(own).to(device)] = 1
-            run.current = runtime.sum(run.current * mine)
-        run.losses[epoch] = run.current.cpu()
-        run.sums = {}
-        scores = validate(model, store, runtime)
-        model.train()
-        speed = (run.step - first_step) * train.batch_size / (time.monotonic() - began)
-        entry = {"epoch": epoch + 1, "step": run.step, "lr": optimizer.param_groups[0]["lr"]}
-        entry |= {k: (v / len(indices)).tolist() for k, v in sums.items()} | scores
-        run.history.append(entry)
-        if train.select == "best" and scores["wga"] > run.best.get("wga", -1):
-            weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-            run.best = {"wga": scores["wga"], "epoch": epoch + 1, "model": weights}
+                run.step += 1
+                bar.update()
+                check_now = run.step % 20 == 0 or run.step % steps_per_epoch == 0  # a GPU waits
+                if check_now and not torch.isfinite(run.sums["loss"]):
+                    raise Problem(f"{label}: the loss is {run.sums['loss'].item()} by step "
+                                  f"{run.step:,}: lower lr.")
+                late = time.monotonic() - saved > 60 * train.checkpoint_minutes
+                if runtime.world == 1 and late or runtime.world > 1 and check_now and runtime.sum(
+                        torch.tensor(float(late), device=device)):
+                    saved = checkpoint()
+            sums = {k: runtime.sum(v) for k, v in sorted(run.sums.items())}
+            run.losses[epoch] = runtime.sum(run.current).cpu()
+            run.sums, run.current = {}, torch.zeros_like(run.current)
+            scores = validate(model, store, runtime)
+            model.train()
+            entry = {"epoch": epoch + 1, "step": run.step, "lr": optimizer.param_groups[0]["lr"]}
+            entry |= {k: (v / len(indices)).tolist() for k, v in sums.items()} | scores
+            run.history.append(entry)
+            if train.select == "best" and scores["wga"] > run.best.get("wga", -1):
+                weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                run.best = {"wga": scores["wga"], "epoch": epoch + 1, "model": weights}
+            if board:
+                images_seen = (run.step - first_step) * train.batch_size
+                speed = images_seen / (time.monotonic() - began)
+                log_epoch(board, entry, store.group_names, speed)
+            bar.set_postfix(loss=f"{entry['loss']:.3f}", WGA=f"{scores['wga']:.1f}", refresh=False)
+            saved = checkpoint()
         if board:
-            log_epoch(board, entry, store.group_names, speed)
-        bar.set_postfix(loss=f"{entry['loss']:.3f}", WGA=f"{scores['wga']:.1f}", refresh=False)
-        saved = checkpoint()
+            log_settings(board, artefact.settings, run.history[-1])
     bar.close()
     runtime.accelerator.free_memory()
     if run.best:
         model.load_state_dict(run.best["model"])
-    if board:
-        log_settings(board, artefact.settings, run.history[-1])
     return run
+
+
+def accumulate(model: Classifier, network: nn.Module, objective: Objective, train: Train,
+               batch: np.ndarray, run: Progress, store: Store, view: int, seed: int,
+               runtime: Runtime) -> Tensor:
+    """Gradients of one total batch (places in the training set), of this process's slice of it.
+
+    Adds the figures to `run`; returns the images last seen.
+    """
+    indices, device = store.split("train"), runtime.device
+    own = batch[runtime.rank :: runtime.world]
+    # DDP averages over processes; one without a sample of a short batch adds one that counts nil.
+    scale = runtime.world / len(batch) if len(own) else 0.0
+    own = own if len(own) else batch[:1]
+    micro = train.micro_batch or len(own)
+    for first in range(0, len(own), micro):
+        part = own[first : first + micro]
+        torch.manual_seed(int(hash_bits(seed, run.step, runtime.rank, first)[0] >> 1))
+        images = store.view(indices[part], device, view, train.view_seed)
+        places = torch.from_numpy(part).to(device)
+        labels = torch.from_numpy(store.labels[indices[part]]).to(device)
+        last = first + micro >= len(own)
+        with contextlib.nullcontext() if last else runtime.accelerator.no_sync(network):
+            with runtime.autocast():
+                logits = network(images)
+            per_sample, figures = objective.losses(
+                Batch(model, images, logits, labels, places, len(batch), run.step, runtime))
+            runtime.accelerator.backward(per_sample.sum() * scale)
+        if scale:
+            run.current[places] = per_sample.detach().to(run.current)
+            for name, value in (figures | {"loss": per_sample}).items():
+                run.sums[name] = run.sums.get(name, 0) + value.detach().double().sum(-1)
+    return images
 
 
 def build_optimizer(model: Classifier, train: Train, runtime: Runtime) -> Any:
@@ -2008,7 +2028,6 @@ def log_settings(board: Any, settings: Mapping[str, Any], last: Mapping[str, Any
     board.add_text("settings", table(["setting", "value"], [*texts.items()]))
     for summary in hparams(texts, {f"final/{k}": last[k] for k in (*COLUMNS, "loss")}):
         board.file_writer.add_summary(summary)
-    board.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2316,7 +2335,8 @@ def draw_groups(results: Mapping[str, Any]) -> bytes:
     for g, name in enumerate(names):
         values = [np.mean([np.nan if (a := m["groups"][g]) is None else a for m in row["members"]])
                   for row in rows]
-        axes.scatter(values, places, s=28, color=colours(g), zorder=3,
+        spots = np.array(places) + 0.4 * ((g + 0.5) / len(names) - 0.5)  # none hides another
+        axes.scatter(values, spots, s=28, color=colours(g), zorder=3,
                      label=name if len(names) <= 10 else None)
     axes.set_yticks(places, [row["name"] for row in rows])
     axes.invert_yaxis()

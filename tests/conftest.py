@@ -46,14 +46,14 @@ def data_folder() -> Path:
 def grokd_process() -> Run:
     """grokd.py as a process: grokd_process(*args, cwd=..., check=True)."""
 
-    def run(*args: str, cwd: Path, check: bool = True, **more: object) -> object:
+    def run(*args: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "grokd.py"), *map(str, args)]
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, **more)  # type: ignore[call-overload]
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
         if check:
             assert done.returncode == 0, done.stdout + done.stderr
         return done
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 RECIPE = '''"""A tiny experiment, for tests."""

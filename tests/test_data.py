@@ -130,7 +130,7 @@ def test_released_waterbirds_table_is_read_without_a_reader(data_folder: Path) -
     data = Data(
         image_column="img_filename", label_column="y", attribute_column="place",
         split_codes=("0", "1", "2"),
-    )  # fmt: skip
+    )
     rows = grokd.read_rows(data, str(data_folder / "waterbirds_mini"))
     counts = np.zeros((3, 2, 2), int)
     for row in rows:
@@ -164,7 +164,7 @@ def boxes(view: int, count: int, data: Data, seed: int = 0) -> np.ndarray:
 @given(
     seed=st.integers(0, 2**40), view=st.integers(0, 10_000),
     indices=st.lists(st.integers(0, 10**7), min_size=1, max_size=20),
-)  # fmt: skip
+)
 def test_view_of_an_image_does_not_depend_on_its_batch(
     seed: int, view: int, indices: list[int]
 ) -> None:

@@ -236,7 +236,7 @@ def test_no_finite_logits_give_nan(
     row = st.lists(finite, min_size=classes, max_size=classes)
     student, biased, *teachers = torch.tensor(data.draw(st.lists(row, min_size=4, max_size=4)))
     check_finite(student[None], torch.stack(teachers)[:, None], biased[None], tau, dtype,
-                 normalise, zero, combine)  # fmt: skip
+                 normalise, zero, combine)
 
 
 def check_finite(

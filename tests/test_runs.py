@@ -1,0 +1,428 @@
+"""Commands on a tiny data set of files: what they write, refuse and take up again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Run, write_images
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import grokd
+from grokd import Problem
+
+Grokd = Callable[..., str]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Grokd:
+    """A grokd command in this process and a given folder; returns what it printed."""
+
+    def run(folder: Path, *args: str) -> str:
+        monkeypatch.chdir(folder)
+        name = [] if args[0] == "--help" else ["tiny.py"]
+        grokd.command_line([args[0], *name, *args[1:]])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, grokd_process: Run) -> Path:
+    """The folder of a finished `run`, made by a real process; not to be changed."""
+    folder = write_images(tmp_path_factory.mktemp("finished") / "images")
+    (folder / "printed.txt").write_text(grokd_process("run", "tiny.py", cwd=folder).stdout)
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def edit_recipe(folder: Path, old: str, new: str) -> None:
+    text = (folder / "tiny.py").read_text()
+    assert old in text
+    (folder / "tiny.py").write_text(text.replace(old, new))
+
+
+def results(folder: Path, file: str = "results.json") -> dict[str, list[dict[str, object]]]:
+    rows = json.loads((folder / "runs" / "tiny" / file).read_text())["rows"]
+    return {row["name"]: row["members"] for row in rows}
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "runs" / "tiny" / f"{name}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_run_makes_every_stage_and_row(finished: Path) -> None:
+    assert list(results(finished)) == [
+        "teachers, ERM", "teachers, DFR", "teachers' vote, DFR", "biased model", "one-hot",
+        "deep ensemble of one-hot", "one-hot-dfr", "deep ensemble of one-hot-dfr", "agre",
+    ]
+    assert [len(members) for members in results(finished).values()] == [2, 2, 1, 1, 2, 1, 2, 1, 2]
+    report = (finished / "runs" / "tiny" / "report.md").read_text()
+    assert "| class 1, attribute 1 |    4 |     4 |" in report
+    printed = (finished / "printed.txt").read_text()
+    assert report in printed
+    assert "| 1 resnet8 DFR |" in printed
+    assert "Took " in printed and "GiB of memory" in printed
+
+
+def test_reported_figures_are_those_of_the_saved_models(finished: Path) -> None:
+    """Recomputed from the files alone, with other code."""
+    from PIL import Image
+
+    member = results(finished)["agre"][1]
+    path = finished / "runs" / "tiny" / f"{member['name']}.safetensors"
+    model = grokd.load_model(path)
+    accuracy = []
+    for label in (0, 1):
+        for place in (0, 1):
+            files = sorted(finished.glob(f"test{label}{place}*.png"))
+            hits = 0
+            for file in files:
+                square = Image.open(file).resize((20, 20), Image.Resampling.BILINEAR)
+                pixels = np.asarray(square.crop((2, 2, 18, 18))).transpose(2, 0, 1) / 255
+                hits += int(model(torch.from_numpy(pixels).float()[None]).argmax()) == label
+            accuracy.append(100 * hits / len(files))
+    assert member["groups"] == accuracy
+    assert member["wga"] == min(accuracy)
+
+
+def test_second_run_trains_nothing(copy: Path, command: Grokd) -> None:
+    files = sorted((copy / "runs").rglob("*.safetensors"))
+    before = [file.stat().st_mtime_ns for file in files]
+    printed = command(copy, "run")
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert " epochs of " not in printed
+
+
+def test_students_that_differ_in_the_head_share_a_trunk(finished: Path) -> None:
+    own = weights(finished, "students/one-hot/seed0/model")
+    dfr = weights(finished, "students/one-hot-dfr/seed0/model")
+    differing = {k for k in own if not torch.equal(own[k], dfr[k])}
+    assert differing == {"fc.weight", "fc.bias"}
+
+
+def test_teachers_differ_before_and_share_after_their_trunk(finished: Path) -> None:
+    erm, dfr = (weights(finished, f"teachers/1/{head}") for head in ("erm", "dfr"))
+    differing = {k for k in erm if not torch.equal(erm[k], dfr[k])}
+    assert differing == {"fc.weight", "fc.bias"}
+    model = grokd.load_model(finished / "runs" / "tiny" / "teachers" / "1" / "dfr.safetensors")
+    assert model.arch == "resnet8"
+
+
+def test_per_sample_losses_are_recorded_in_training_order(images: Path, command: Grokd) -> None:
+    """With learning rate 0 they are those of the initial network."""
+    edit_recipe(images, "lr=0.01", "lr=0.0")
+    edit_recipe(images, "crop=16", "crop=16, random_crop=False, flip=False")
+    command(images, "bias-model", "--kind", "erm", "--weights", "random")
+    losses = weights(images, "bias-model/model.losses")["losses"]
+    assert losses.shape == (2, 16)
+    assert torch.allclose(losses[0], losses[1], atol=1e-6)
+    store = grokd.open_store(grokd.load_recipe("tiny.py").data, ".")
+    model = grokd.load_model(images / "runs" / "tiny" / "bias-model" / "model.safetensors")
+    view = store.view(store.split("train"), torch.device("cpu"))
+    labels = torch.from_numpy(store.labels[store.split("train")])
+    assert torch.allclose(grokd.cross_entropy(model(view), labels), losses[0], atol=1e-5)
+
+
+def test_bias_model_may_be_a_teachers_parent(finished: Path) -> None:
+    assert same(weights(finished, "bias-model/model"), weights(finished, "teachers/0/erm"))
+
+
+def test_early_stopped_model_is_the_full_one_cut_short(images: Path, command: Grokd) -> None:
+    more = ["--weights", "random", "--epochs", "6", "--schedule", "cosine"]
+    command(images, "bias-model", "--kind", "erm", "--out", "runs/full", *more)
+    command(images, "bias-model", "--kind", "early-stopped", "--stop-after", "2", *more)
+    whole = load_file(images / "runs" / "full" / "bias-model" / "model.losses.safetensors")
+    short = weights(images, "bias-model/model.losses")
+    assert len(whole["losses"]) == 6
+    assert torch.equal(whole["losses"][:2], short["losses"])
+
+
+def test_gce_is_trained_on_its_own_loss(images: Path, command: Grokd) -> None:
+    command(images, "bias-model", "--kind", "gce", "--q", "0.5", "--weights", "random")
+    losses = weights(images, "bias-model/model.losses")["losses"]
+    assert losses.max() <= 2.0  # 1 / q
+    assert losses.min() > 0
+
+
+@pytest.mark.parametrize("change", [
+    ["--space", "batch"], ["--no-normalise"], ["--zero", "drop"],
+    ["--combine", "logits"], ["--shrink", "0.5"], ["--weighting", "random"],
+    ["--weighting", "average"], ["--alpha", "0.5"], ["--dfr-share", "0.5"], ["--dfr-share", "0"],
+    ["--num-teachers", "1"], ["--head", "dfr"], ["--optimizer", "adamw"], ["--select", "best"],
+    ["--num-views", "1"], ["--warmup-epochs", "1"], ["--micro-batch", "3"], ["--tau", "1"],
+])
+def test_flags_change_students_and_show_in_their_names(
+    copy: Path, command: Grokd, change: list[str]
+) -> None:
+    before = weights(copy, "students/agre/seed0/model")
+    command(copy, "distill", "--student", "agre", "--seeds", "0", *change)
+    names = {path.name for path in (copy / "runs" / "tiny" / "students").iterdir()}
+    new = names - {"one-hot", "one-hot-dfr", "agre"}
+    assert len(new) == 1
+    flag = change[0].removeprefix("--no-").removeprefix("--").replace("-", "_")
+    assert f"+{flag}=" in next(iter(new))
+    after = weights(copy, f"students/{next(iter(new))}/seed0/model")
+    assert all(torch.isfinite(v).all() for v in after.values())
+    if change[0] not in ("--select", "--zero"):  # which may come out the same
+        assert not same(before, after)
+
+
+def test_all_parameters_and_logits_agree_on_two_classes(copy: Path, command: Grokd) -> None:
+    command(copy, "distill", "--student", "agre", "--seeds", "0", "--space", "parameters")
+    ours = weights(copy, "students/agre+space=parameters/seed0/model")
+    assert same(ours, weights(copy, "students/agre/seed0/model"))
+
+
+def test_flagged_students_have_rows_of_their_own(copy: Path, command: Grokd) -> None:
+    command(copy, "distill", "--student", "agre", "--tau", "2")
+    printed = command(copy, "eval")
+    assert len(results(copy)["agre+tau=2.0"]) == 2
+    assert "Left out" not in printed
+
+
+def test_flag_leaves_students_alone_that_do_not_use_it(copy: Path, command: Grokd) -> None:
+    printed = command(copy, "distill", "--tau", "2")
+    assert "students/agre+tau=2.0/seed0" in printed
+    assert "one-hot" not in printed
+
+
+def test_labels_alone_decide_at_alpha_zero(copy: Path, command: Grokd) -> None:
+    command(copy, "distill", "--student", "agre", "--weighting", "average", "--alpha", "0",
+            "--seeds", "0")
+    names = [p.name for p in (copy / "runs" / "tiny" / "students").iterdir() if "alpha" in p.name]
+    ours = weights(copy, f"students/{names[0]}/seed0/model")
+    labels = weights(copy, "students/one-hot/seed0/model")
+    assert all(torch.allclose(ours[k], labels[k], atol=1e-6) for k in ours)
+
+
+def test_tensorboard_holds_losses_weights_groups_images_and_hyperparameters(finished: Path) -> None:
+    folder = finished / "runs" / "tiny" / "students" / "agre" / "seed0" / "tensorboard"
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {
+        "losses/loss", "losses/distillation", "weights/teacher0", "weights/teacher1",
+        "weights/zero_share", "validation/wga", "validation_groups/class 1, attribute 0",
+        "charts/lr", "charts/images_per_second",
+    } <= set(tags["scalars"])
+    assert tags["images"] == ["images"]
+    assert "settings/text_summary" in tags["tensors"]
+    assert "_hparams_/session_start_info" in str(events.summary_metadata) or any(
+        "hparams" in str(tag) for tag in tags["tensors"] + tags["scalars"]
+    )
+    steps = [event.step for event in events.Scalars("losses/loss")]
+    history = json.loads((folder.parent / "model.history.json").read_text())
+    assert steps == [entry["step"] for entry in history["epochs"]] == [2, 4]
+    logged = [event.value for event in events.Scalars("validation/wga")]
+    assert logged == pytest.approx([entry["wga"] for entry in history["epochs"]])
+
+
+def test_given_models_are_scored_alone(copy: Path, command: Grokd) -> None:
+    path = "runs/tiny/students/agre/seed1/model.safetensors"
+    command(copy, "eval", "--models", path)
+    alone = results(copy, "results-models.json")
+    assert list(alone) == [path]
+    assert alone[path][0]["groups"] == results(copy)["agre"][1]["groups"]
+
+
+def test_model_of_other_classes_is_refused(
+    copy: Path, command: Grokd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy)
+    store = grokd.open_store(grokd.load_recipe("tiny.py").data, ".")
+    store.num_classes = 3
+    path = copy / "runs" / "tiny" / "teachers" / "0" / "dfr.safetensors"
+    with pytest.raises(Problem, match=r"dfr.safetensors has 2 classes, the data have 3"):
+        grokd.load_model(path, store=store)
+
+
+# Fingerprints
+
+
+def test_changed_teacher_is_refused_then_remade_with_all_that_follows(
+    copy: Path, command: Grokd
+) -> None:
+    before = weights(copy, "students/agre/seed0/model")
+    edit_recipe(copy, '("random",), dfr=dfr, train=train', '("random",), dfr=dfr, train=slow')
+    edit_recipe(copy, "student =", "slow = Train(epochs=2, batch_size=8, lr=0.005)\nstudent =")
+    for stage in ("teachers", "run"):
+        with pytest.raises(Problem, match=r"erm.safetensors was .*: lr 0.01 → 0.005. .*--redo"):
+            command(copy, stage)
+    told = r"lr 0.01 → 0.005.* `python grokd.py teachers tiny.py --redo`"
+    with pytest.raises(Problem, match=told):
+        command(copy, "distill")
+    printed = command(copy, "eval")
+    assert "## Left out" in printed
+    for name in ("teachers/0/erm", "teachers/1/dfr", "bias-model/model", "agre/seed1/model"):
+        assert f"{name}.safetensors was made with other settings" in printed
+    assert next(iter(results(copy))) == "one-hot"
+    command(copy, "teachers", "--redo")
+    with pytest.raises(Problem, match=r"bias-model/model.safetensors was .* parent teachers/0"):
+        command(copy, "bias-model")
+    command(copy, "bias-model", "--redo")
+    with pytest.raises(Problem, match=r"agre/seed0/model.safetensors was made .*parent teachers"):
+        command(copy, "distill")
+    command(copy, "distill", "--redo", "--student", "agre")
+    assert not same(before, weights(copy, "students/agre/seed0/model"))
+    assert "Left out" not in command(copy, "eval")
+
+
+def test_other_folder_keeps_both(copy: Path, command: Grokd) -> None:
+    before = weights(copy, "teachers/0/erm")
+    command(copy, "teachers", "--lr", "0.002", "--out", "runs/other")
+    assert same(before, weights(copy, "teachers/0/erm"))
+    assert (copy / "runs" / "other" / "teachers" / "1" / "dfr.safetensors").is_file()
+
+
+def test_changed_image_makes_everything_stale(copy: Path, command: Grokd) -> None:
+    shutil.copy(copy / "train100.png", copy / "train000.png")
+    with pytest.raises(Problem, match=r"erm.safetensors was made with other settings .*: data "):
+        command(copy, "teachers")
+
+
+def test_checkpoint_frequency_does_not_make_anything_stale(copy: Path, command: Grokd) -> None:
+    assert " epochs of " not in command(copy, "teachers", "--checkpoint-minutes", "1")
+
+
+def test_missing_stage_is_named_with_its_command(images: Path, command: Grokd) -> None:
+    with pytest.raises(Problem, match=r"teachers/0/dfr.safetensors is missing. Make it with `python"
+                       r" grokd.py teachers tiny.py`"):
+        command(images, "distill")
+    with pytest.raises(Problem, match=r"teachers/0/erm.safetensors is missing"):
+        command(images, "bias-model")
+    with pytest.raises(Problem, match=r"holds no model of this recipe: .* grokd.py run tiny.py"):
+        command(images, "eval")
+
+
+def test_damaged_model_is_named(copy: Path, command: Grokd) -> None:
+    path = copy / "runs" / "tiny" / "students" / "agre" / "seed0" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(Problem, match=r"agre/seed0/model.safetensors cannot be read"):
+        command(copy, "eval")
+
+
+# Kill and resume
+
+
+def interrupt(folder: Path, artefact: str, *args: str) -> int:
+    """Start a command, kill -9 it in the middle of an epoch, return the step of its checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "grokd.py"), args[0], "tiny.py", *args[1:]], cwd=folder,
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoints = folder / "runs" / "tiny" / artefact / "checkpoints"
+    for _ in range(60_000):
+        steps = [int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal()]
+        if steps and max(steps) > 8 and max(steps) % 8:  # 16 images make 8 steps an epoch
+            break
+        assert process.poll() is None, f"finished before it could be killed: {steps}"
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return max(int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal())
+
+
+SLOW = "Train(epochs=3, batch_size=2, lr=0.01, checkpoint_minutes=1e-9, select='best')"
+
+
+@pytest.mark.parametrize("stage, artefact, file, flags", [
+    ("teachers", "teachers/1", "teachers/1/erm", []),
+    ("bias-model", "bias-model", "bias-model/model", ["--kind", "gce", "--arch", "resnet8"]),
+    ("distill", "students/agre/seed0", "students/agre/seed0/model", ["--student", "agre"]),
+])
+def test_killed_command_goes_on_and_ends_with_the_same_bits(
+    tmp_path: Path, command: Grokd, stage: str, artefact: str, file: str, flags: list[str]
+) -> None:
+    folder = write_images(tmp_path / "whole")
+    edit_recipe(folder, 'Model(arch="cnn2", weights="random", train=train)',
+                f'Model(arch="cnn2", weights="random", train={SLOW})')
+    if stage == "distill":
+        command(folder, "teachers")
+        command(folder, "bias-model")
+        edit_recipe(folder, 'student = Distill(arch="cnn2", weights="random", train=train',
+                    f'student = Distill(arch="resnet8", weights="random", train={SLOW}')
+    if stage == "teachers":
+        edit_recipe(folder, "train = Train(epochs=2, batch_size=8, lr=0.01)", f"train = {SLOW}")
+    killed = shutil.copytree(folder, tmp_path / "killed")
+    command(folder, stage, *flags)
+    step = interrupt(killed, artefact, stage, *flags)
+    assert step % 8
+    printed = command(killed, stage, *flags)
+    assert f"goes on at step {step} of 24" in printed
+    assert same(weights(folder, file), weights(killed, file))
+    losses = [weights(f, f"{file}.losses")["losses"] for f in (folder, killed)]
+    assert torch.equal(*losses)
+    histories = [(f / "runs" / "tiny" / f"{file}.history.json").read_text()
+                 for f in (folder, killed)]
+    assert histories[0] == histories[1]
+    assert not (killed / "runs" / "tiny" / artefact / "checkpoints").exists()
+
+
+def test_checkpoint_of_other_settings_is_refused(images: Path, command: Grokd) -> None:
+    edit_recipe(images, "train = Train(epochs=2, batch_size=8, lr=0.01)", f"train = {SLOW}")
+    interrupt(images, "teachers/0", "teachers")
+    edit_recipe(images, "lr=0.01", "lr=0.02")
+    with pytest.raises(Problem, match=r"checkpoints was made with .*: lr 0.01 → 0.02.*--redo"):
+        command(images, "teachers")
+    assert "goes on" not in command(images, "teachers", "--redo")
+
+
+def test_resume_without_a_checkpoint_is_refused(images: Path, command: Grokd) -> None:
+    with pytest.raises(Problem, match=r"--resume: .*checkpoints holds no checkpoint"):
+        command(images, "teachers", "--resume")
+
+
+def test_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    grokd.save_checkpoint(tmp_path, 3, {"step": 3})
+    (tmp_path / "000000009.part").mkdir()
+    (tmp_path / "000000009.part" / "state.pt").write_bytes(b"half")
+    assert grokd.load_checkpoint(tmp_path) == {"step": 3}
+    grokd.save_checkpoint(tmp_path, 12, {"step": 12})
+    assert [path.name for path in tmp_path.iterdir()] == ["000000012"]
+
+
+def test_artefact_being_written_is_left_alone(images: Path, command: Grokd) -> None:
+    lock = images / "runs" / "tiny" / "teachers" / "1" / ".lock"
+    told = f"teachers/1 is being written by another run .process {os.getpid()} on "
+    with grokd.locked(lock), pytest.raises(Problem, match=told):
+        command(images, "teachers")
+    assert (images / "runs" / "tiny" / "teachers" / "0" / "dfr.safetensors").is_file()
+    command(images, "teachers")
+
+
+def test_full_disk_is_one_line_and_loses_nothing(images: Path) -> None:
+    """Files may not grow beyond what the model needs: an error of the system's own."""
+    code = f"""import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (80_000, 80_000))
+sys.argv = ["grokd.py", "teachers", "tiny.py"]
+runpy.run_path({str(ROOT / "grokd.py")!r}, run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=images, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "could not be written (File too large): make room" in done.stderr
+    assert not [path for path in (images / "runs").rglob("*.part*") if path.is_file()]
+
+
+def test_loss_that_is_not_finite_stops_the_run(images: Path, command: Grokd) -> None:
+    edit_recipe(images, "lr=0.01", "lr=1e30")
+    with pytest.raises(Problem, match=r"teachers/0/erm: the loss is (nan|inf) by step \d"):
+        command(images, "teachers")
