@@ -585,6 +585,11 @@ class Runtime:
         """Sum over the processes that share one training."""
         return self.accelerator.reduce(tensor, "sum") if self.world > 1 else tensor
 
+    def wait(self) -> None:
+        """Wait for the processes that share one training: files of the first are then there."""
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
     def plan(self, jobs: Sequence[Any], parallel: str) -> tuple[Runtime, list[Any]]:
         """How to train several models: the runtime to use and this process's share of the jobs."""
         processes = self.accelerator.num_processes
@@ -2043,6 +2048,7 @@ def making(artefacts: Sequence[Artefact], runtime: Runtime) -> Iterator[None]:
             for artefact in artefacts:
                 locks.enter_context(locked(artefact.path.parent / ".lock"))
         yield
+        runtime.wait()
 
 
 def train_and_save(section: Teachers | BiasModel | Distill, arch: str, weights: str,
@@ -2076,6 +2082,7 @@ def train_and_save(section: Teachers | BiasModel | Distill, arch: str, weights: 
                   f"{scores['group_mean']:.1f} %, {time.monotonic() - began:.0f} s", flush=True)
     if runtime.rank == 0:
         shutil.rmtree(artefact.path.parent / "checkpoints", ignore_errors=True)
+    runtime.wait()
 
 
 def run_teachers(ctx: Context) -> None:
@@ -2511,6 +2518,7 @@ def command_line(argv: Sequence[str]) -> None:
     if torch.cuda.is_available():
         memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
     say(f"Took {time.monotonic() - began:.0f} s, at most {memory}.")
+    runtime.accelerator.end_training()
 
 
 def main() -> None:
