@@ -1940,8 +1940,9 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
                     raise Problem(f"{label}: the loss is {run.sums['loss'].item()} by step "
                                   f"{run.step:,}: lower lr.")
                 late = time.monotonic() - saved > 60 * train.checkpoint_minutes
-                if runtime.world == 1 and late or runtime.world > 1 and check_now and runtime.sum(
-                        torch.tensor(float(late), device=device)):
+                if runtime.world > 1:  # all or none, now and then
+                    late = check_now and bool(runtime.sum(torch.tensor(late + 0, device=device)))
+                if late:
                     saved = checkpoint()
             sums = {k: runtime.sum(v) for k, v in sorted(run.sums.items())}
             run.losses[epoch] = runtime.sum(run.current).cpu()

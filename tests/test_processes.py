@@ -57,7 +57,8 @@ def test_whole_models_side_by_side_have_the_bits_of_one_process(
     for name, path in one.items():
         a, b = load_file(path), load_file(two[name])
         assert all(torch.equal(a[k], b[k]) for k in a), name
-    rows = [json.loads((images / out / "results.json").read_text())["rows"] for out in ("one", "two")]
+    rows = [json.loads((images / out / "results.json").read_text())["rows"]
+            for out in ("one", "two")]
     assert rows[0] == rows[1]
     assert printed.count("| teachers, ERM ") == 1  # once, not by each process
 
@@ -65,7 +66,8 @@ def test_whole_models_side_by_side_have_the_bits_of_one_process(
 def test_shared_batches_equal_one_process(images: Path, grokd_process: Run) -> None:
     """AVER after an epoch of uneven batches, and the first gradient of every weighting."""
     text = (images / "tiny.py").read_text().replace("students={", "students=students or {")
-    text = text.replace("recipe = Recipe", f"from dataclasses import replace\n{STUDENTS}\nrecipe = Recipe")
+    more = f"from dataclasses import replace\n{STUDENTS}\nrecipe = Recipe"
+    text = text.replace("recipe = Recipe", more)
     (images / "tiny.py").write_text(text)
     flags = ["--precision", "float64", "--seeds", "0"]
     for stage in ("teachers", "bias-model"):
@@ -81,7 +83,7 @@ def test_shared_batches_equal_one_process(images: Path, grokd_process: Run) -> N
         assert a["fc.weight"].dtype == torch.float64
         losses = [load_file(p.with_name("model.losses.safetensors"))["losses"] for p in
                   (path, one / path.relative_to(images / "one"))]
-        assert torch.allclose(*losses, atol=1e-6)
+        assert torch.allclose(losses[0], losses[1], atol=1e-6)
     assert gaps.keys() == {
         "average", "average-micro", "logits", "parameters", "batch", "random"
     }
