@@ -26,6 +26,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -117,23 +118,19 @@ class Data:
 
     # Table of the images, relative to --root. One row an image; its columns are named below.
     metadata: str = "metadata.csv"
-    # Column with the image file, relative to the folder of the table.
-    image_column: str = "image"
-    # Column with the class: 0, 1, ... or names.
-    label_column: str = "label"
+    image_column: str = "image"  # Column with the image file, relative to the folder of the table.
+    label_column: str = "label"  # Column with the class: 0, 1, ... or names.
     # Column with the spurious attribute: 0, 1, ... or names. Empty if you have none: groups are
     # then classes, and DFR balances classes only (CB-LLR).
     attribute_column: str = "attribute"
-    # Column that says which split an image belongs to.
-    split_column: str = "split"
+    split_column: str = "split"  # Column that says which split an image belongs to.
     # What that column says for training, validation and test.
     split_codes: tuple[str, str, str] = ("train", "val", "test")
     # A function of the recipe's file, root -> iterable of Row, for data without such a table.
     reader: tyro.conf.Suppress[Callable[[Path], Sequence[Row]] | None] = None
     # Names of the classes; if the table's column holds names, these give them their order.
     class_names: tuple[str, ...] = ()
-    # Names of the attribute's values, likewise.
-    attribute_names: tuple[str, ...] = ()
+    attribute_names: tuple[str, ...] = ()  # Names of the attribute's values, likewise.
     # Side in pixels of the square that each image is stored as. About 1.14 times `crop`.
     size: Count = 256
     # squash: resize to size x size (Waterbirds' evaluation). shorter_side: resize the shorter
@@ -173,8 +170,7 @@ class Train:
 
     # Passes over the training set. More if the loss is still falling at the end.
     epochs: Natural = 100
-    # Images a step, over all processes.
-    batch_size: Count = 32
+    batch_size: Count = 32  # Images a step, over all processes.
     # Images at once; lower it if memory runs out (batch norm then sees fewer). 0: all.
     micro_batch: Natural = 0
     # Peak learning rate. Lower it if the loss jumps, raise it if it falls slowly.
@@ -185,10 +181,8 @@ class Train:
     warmup_epochs: NotNegative = 0.0
     # SGD is what the papers use for ResNets; transformers want AdamW, with a lower lr.
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    # Of SGD; AdamW keeps its own.
-    momentum: Share = 0.9
-    # Raise it if training accuracy is far above validation's.
-    weight_decay: NotNegative = 1e-3
+    momentum: Share = 0.9  # Of SGD; AdamW keeps its own.
+    weight_decay: NotNegative = 1e-3  # Raise it if training accuracy is far above validation's.
     # Distinct augmentations of the training set; epoch e uses e mod num_views. 0: new every epoch.
     num_views: Natural = 0
     # Draws the augmentations. Seeds share it, so that frozen teachers can be asked only once.
@@ -210,8 +204,7 @@ class DFR:
     num_refits: Count = 20
     # l1: inverse penalties tried on one half of the reweighting part, judged on the other.
     penalties: tuple[Positive, ...] = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
-    # sgd: passes over the reweighting part.
-    epochs: Count = 100
+    epochs: Count = 100  # sgd: passes over the reweighting part.
 
 
 @dataclass(frozen=True)
@@ -226,10 +219,8 @@ class Teachers:
     # Initial weights: random, a name of torchvision's (DEFAULT, IMAGENET1K_V2 ...) or a file of
     # yours (.safetensors, .pth). Several are dealt out in turn. With --epochs 0 they stay.
     weights: tuple[str, ...] = ("DEFAULT",)
-    # Seed of the first teacher; teacher i has seed + i.
-    seed: Natural = 0
-    # How heads are refitted.
-    dfr: DFR = DFR()
+    seed: Natural = 0  # Seed of the first teacher; teacher i has seed + i.
+    dfr: DFR = DFR()  # How heads are refitted.
     input: Annotated[Input, FLAT] = Input()
     train: Annotated[Train, FLAT] = Train()
 
@@ -246,18 +237,13 @@ class BiasModel:
     # for the purpose. early-stopped: the same, cut short. gce: generalised cross-entropy, which
     # amplifies the bias.
     kind: Literal["teacher", "erm", "early-stopped", "gce"] = "teacher"
-    # teacher: which one.
-    teacher: Natural = 0
-    # gce: exponent q of (1 - p_y^q) / q.
-    q: Annotated[float, Range(1e-3, 1)] = 0.7
-    # early-stopped: epochs after which training stops.
-    stop_after: Count = 1
-    # Architecture. AGRE-KD found the choice to matter little.
-    arch: str = "resnet50"
+    teacher: Natural = 0  # teacher: which one.
+    q: Annotated[float, Range(1e-3, 1)] = 0.7  # gce: exponent q of (1 - p_y^q) / q.
+    stop_after: Count = 1  # early-stopped: epochs after which training stops.
+    arch: str = "resnet50"  # Architecture. AGRE-KD found the choice to matter little.
     # Initial weights: random, a name of torchvision's, or a file of yours.
     weights: str = "DEFAULT"
-    # Seed of its training.
-    seed: Natural = 0
+    seed: Natural = 0  # Seed of its training.
     input: Annotated[Input, FLAT] = Input()
     train: Annotated[Train, FLAT] = Train()
 
@@ -269,8 +255,7 @@ class Distill:
     # Weights of the teachers. agre: by departure from the biased model. average: equal (AVER).
     # random: one teacher a batch. one-hot: no teachers, labels only.
     weighting: Literal["agre", "average", "random", "one-hot"] = "agre"
-    # Share of the distillation loss; the rest is cross-entropy with the labels.
-    alpha: Share = 1.0
+    alpha: Share = 1.0  # Share of the distillation loss; the rest is cross-entropy with the labels.
     # Temperature of the softmax. AGRE-KD's accuracy grows slowly with it, from 1 to 10.
     tau: Annotated[float, Range(1e-3, 1e3)] = 4.0
     # agre: gradients compared, per sample with respect to the logits (equals the last layer, no
@@ -280,23 +265,20 @@ class Distill:
     normalise: bool = True
     # agre: a sample on which no teacher departs counts all teachers alike, or is left out.
     zero: Literal["uniform", "drop"] = "uniform"
-    # agre: W <- (1 - shrink) W + shrink, from agre (0) to average (1).
-    shrink: Share = 0.0
+    shrink: Share = 0.0  # agre: W <- (1 - shrink) W + shrink, from agre (0) to average (1).
     # Weighted mean of losses (for this loss: of softened probabilities), or loss to the weighted
     # mean of logits.
     combine: Literal["losses", "logits"] = "losses"
     # Head of the finished student: its own, or one refitted by DFR as the teachers' are.
     head: Literal["own", "dfr"] = "own"
-    # Teachers used, the first ones; 0: all.
-    num_teachers: Natural = 0
+    num_teachers: Natural = 0  # Teachers used, the first ones; 0: all.
     # Share of them with a DFR head, the first ones; the others are plain ERM.
     dfr_share: Share = 1.0
     # Architecture, by torchvision's name or one of cnn2, resnet8, resnet8_gn (16 to 32 pixels).
     arch: str = "resnet18"
     # Initial weights: random, a name of torchvision's, or a file of yours.
     weights: str = "DEFAULT"
-    # How a head is refitted, with head dfr.
-    dfr: DFR = DFR()
+    dfr: DFR = DFR()  # How a head is refitted, with head dfr.
     input: Annotated[Input, FLAT] = Input()
     train: Annotated[Train, FLAT] = Train(schedule="cosine", weight_decay=1e-4)
 
@@ -320,10 +302,8 @@ class Recipe:
     # Students by name: an ablation is a dict of them.
     students: Mapping[str, Distill] = field(default_factory=lambda: {"agre": Distill()})
     eval: Eval = Eval()
-    # Every student is trained once with each of these.
-    seeds: tuple[Natural, ...] = (0, 1, 2)
-    # Folder of the data.
-    root: str = "."
+    seeds: tuple[Natural, ...] = (0, 1, 2)  # Every student is trained once with each of these.
+    root: str = "."  # Folder of the data.
     # Figures printed beside the measured ones: row of the report -> column -> per cent.
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -332,12 +312,9 @@ class Recipe:
 class Common:
     """Flags of every command."""
 
-    # Folder of the data.
-    root: str = "."
-    # Folder of the results.
-    out: str = "runs/<recipe>"
-    # Seeds of the students.
-    seeds: tuple[Natural, ...] = (0, 1, 2)
+    root: str = "."  # Folder of the data.
+    out: str = "runs/<recipe>"  # Folder of the results.
+    seeds: tuple[Natural, ...] = (0, 1, 2)  # Seeds of the students.
     # Arithmetic. launch: what `accelerate launch --mixed_precision` says, else float32.
     precision: Literal["launch", "float32", "bfloat16", "float16", "float64"] = "launch"
     # With several processes: each trains whole models, or all share the batches of one. auto:
@@ -959,12 +936,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.arch, self.num_classes, self.input = arch, num_classes, input
         self.trunk = _network(arch, num_classes)
-        self.head_name = next((
-                                  name
-                                  for name, layer in reversed(list(self.trunk.named_modules()))
-                                  if isinstance(layer, nn.Linear) and not name.startswith(AUXILIARY)
-                              ),
-                              "")
+        linear = [name for name, layer in self.trunk.named_modules()
+                  if isinstance(layer, nn.Linear) and not name.startswith(AUXILIARY)]
+        self.head_name = linear[-1] if linear else ""
         head = self.trunk.get_submodule(self.head_name) if self.head_name else None
         if not isinstance(head, nn.Linear) or head.bias is None:
             raise Problem(f"{arch} does not end in a linear layer with a bias: choose another.")
@@ -2528,6 +2502,11 @@ def main() -> None:
         command_line(sys.argv[1:])
     except Problem as problem:
         sys.exit(f"error: {problem}")
+    except OSError as error:  # from files that libraries write
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(f"error: {error.filename or 'A file'} could not be written ({error.strerror}): "
+                 "make room; the same command then goes on from where it was.")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
 
