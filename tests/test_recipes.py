@@ -1,11 +1,11 @@
 """Shipped recipes, and the README's figures."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import readme_tables
 from conftest import ROOT
 
 import grokd
@@ -56,16 +56,11 @@ def test_every_test_digit_stands_under_both_colours(rows: list[Row]) -> None:
 
 def test_readme_tables_are_those_of_the_measurements() -> None:
     text = (ROOT / "README.md").read_text()
-    pattern = r"<!-- (\w+): made from (\S+) -->\n(.*?)<!-- end -->"
-    found = re.findall(pattern, text, re.DOTALL)
-    assert {name for name, _, _ in found} == {path.stem for path in MEASURED.glob("*.json")}
-    for _, file, shown in found:
-        results = json.loads((ROOT / file).read_text())
-        assert grokd.summary_table(results) in shown
-        facts = results["about"]
-        for key in ("command", "date", "commit", "hardware"):
-            assert facts[key] in shown
-        assert "dirty" not in facts["commit"]
+    assert readme_tables.rendered(text) == text
+    shown = {match[1] for match in readme_tables.BLOCK.finditer(text)}
+    assert shown == {str(path.relative_to(ROOT)) for path in MEASURED.glob("*.json")}
+    for path in MEASURED.glob("*.json"):
+        assert "dirty" not in json.loads(path.read_text())["about"]["commit"]
 
 
 def test_measured_teachers_gain_ten_points_by_refitting() -> None:
