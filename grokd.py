@@ -1661,18 +1661,22 @@ class Context:
     out: Path
     runtime: Runtime
     common: Common
+    makes: Sequence[str]  # the stages that the command makes; others are as they were made
 
     def data_settings(self) -> dict[str, Any]:
         """What models depend on of the data: the images themselves, and how they are cropped."""
         kept = ["size", "geometry", "crop", "random_crop", "crop_scale", "crop_ratio", "flip"]
         flat = flatten(self.recipe.data, "data")
         settings = {f"data.{key}": flat[f"data.{key}"] for key in [*kept, "reweighting"]}
-        return settings | {"data": self.store.fingerprint, "precision": self.runtime.precision}
+        return settings | {"data": self.store.fingerprint}
 
     def _artefact(self, path: str, settings: dict[str, Any], **own: Any) -> Artefact:
         settings = {k: v for k, v in settings.items() if k != "checkpoint_minutes"} | own
         settings["weights"] = identify(settings["weights"])
-        return Artefact(self.out / path, settings | self.data_settings())
+        file, precision = self.out / path, self.runtime.precision
+        if path.split("/")[0] not in self.makes and file.is_file():
+            precision = json.loads(read_metadata(file)["settings"]).get("precision", precision)
+        return Artefact(file, settings | self.data_settings() | {"precision": precision})
 
     def teacher(self, i: int) -> tuple[Artefact, Artefact]:
         """Teacher i before and after its head is refitted."""
@@ -1738,8 +1742,8 @@ class Context:
         if problem := artefact.mismatch():
             redo = " --redo" * (problem != "is missing")
             raise Problem(f"{artefact.path} {problem}. Make it with `python grokd.py {command} "
-                          f"{self.name}{redo}` and the same --root, --out and --precision; what "
-                          "you changed by flags belongs in the recipe.")
+                          f"{self.name}{redo}` and the same --root and --out; what you changed by "
+                          "flags belongs in the recipe.")
         return artefact.path
 
 
@@ -2477,7 +2481,9 @@ def command_line(argv: Sequence[str]) -> None:
     began = time.monotonic()
     runtime = Runtime.start(common.precision)
     store = open_store(recipe.data, recipe.root)
-    ctx = Context(name, recipe, store, Path(common.out), runtime, common)
+    makes = {"run": ["teachers", "bias-model", "students"], "distill": ["students"], "eval": []}
+    ctx = Context(name, recipe, store, Path(common.out), runtime, common,
+                  makes.get(command, [command]))
     if command != "eval":
         counts = [store.counts(part) for part in ("train", "reweighting", "selection", "test")]
         rows = [[group, *(str(c[g]) for c in counts)] for g, group in enumerate(store.group_names)]

@@ -286,6 +286,16 @@ def test_changed_teacher_is_refused_then_remade_with_all_that_follows(
     assert "Left out" not in command(copy, "eval")
 
 
+def test_stages_may_differ_in_precision(copy: Path, command: Grokd) -> None:
+    """float64: as bfloat16 would be, but one process can change to it."""
+    with pytest.raises(Problem, match=r"seed0/model.safetensors .*: precision float32 → float64"):
+        command(copy, "distill", "--precision", "float64", "--student", "agre")
+    command(copy, "distill", "--precision", "float64", "--student", "agre", "--redo")
+    assert weights(copy, "students/agre/seed0/model")["fc.weight"].dtype == torch.float64
+    assert "Left out" not in command(copy, "eval")
+    assert len(results(copy)["agre"]) == 2
+
+
 def test_other_folder_keeps_both(copy: Path, command: Grokd) -> None:
     before = weights(copy, "teachers/0/erm")
     command(copy, "teachers", "--lr", "0.002", "--out", "runs/other")
