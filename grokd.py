@@ -31,6 +31,7 @@ import fcntl
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -148,8 +149,15 @@ class Data:
     flip: bool = True
     # Share of validation, by group, that refits heads (DFR); the rest may choose epochs.
     reweighting: Annotated[float, Range(0.01, 1)] = 0.5
-    # Folder of decoded images, shared by all recipes. A disk of the machine itself is fastest.
+    # Folder of decoded images and cached targets, shared by all recipes. A disk of the machine
+    # itself is fastest.
     store: str = "runs/store"
+    # Largest store of decoded images; beyond it files stay encoded and are decoded when needed,
+    # which costs processor time in every epoch.
+    max_store_gb: NotNegative = 50.0
+    # Most disk space for cached targets; the oldest go first. With all views of a training in the
+    # cache, further students do not pay for the teachers.
+    cache_gb: NotNegative = 20.0
 
 
 @dataclass(frozen=True)
@@ -637,7 +645,7 @@ def read_rows(data: Data, root: str) -> list[Row]:
     return [Row(*row) for row in zip(files, labels, attributes, splits, strict=True)]
 
 
-def decode(source: Path | np.ndarray, size: int, geometry: str) -> np.ndarray:
+def decode(source: Path | np.ndarray | io.BytesIO, size: int, geometry: str) -> np.ndarray:
     """Decode an image and fit it to the stored square: uint8 [3, size, size]."""
     image: Image.Image
     if isinstance(source, np.ndarray):
@@ -656,16 +664,21 @@ def decode(source: Path | np.ndarray, size: int, geometry: str) -> np.ndarray:
 
 
 BLOCK = 256  # images per checksum, and per step of a prediction
+THREADS = ThreadPoolExecutor(os.cpu_count())  # decode images
 
 
 @dataclass
 class Store:
-    """A data set, decoded once into a memory-mapped uint8 array [N, 3, S, S]."""
+    """A data set, decoded once into a memory-mapped uint8 array [N, 3, S, S].
+
+    Beyond max_store_gb: the encoded files one after the other, decoded by threads when read.
+    """
 
     data: Data
     folder: Path
-    images: np.ndarray  # uint8 [N, 3, S, S]
-    checksums: list[int]  # CRC-32 of each BLOCK of images
+    images: np.ndarray  # uint8 [N, 3, S, S], or the bytes of all files
+    offsets: list[int]  # where each file begins and the last one ends; empty if decoded
+    checksums: list[int]  # CRC-32 of each BLOCK of images, or of each file
     labels: np.ndarray  # int64 [N]
     attributes: np.ndarray  # int64 [N]
     splits: np.ndarray  # int8 [N], places in SPLITS
@@ -713,24 +726,35 @@ class Store:
         return np.bincount(self.groups[self.split(name)], minlength=self.num_groups)
 
     def raw(self, indices: np.ndarray) -> np.ndarray:
-        """Stored images, uint8 [B, 3, S, S]. Each block's checksum is verified when first read."""
+        """Stored images, uint8 [B, 3, S, S]. Checksums are verified when first read."""
+        if self.offsets:
+            return np.stack(list(THREADS.map(self._decoded, indices.tolist())))
         for block in set((indices // BLOCK).tolist()) - self.checked:
-            found = zlib.crc32(self.images[block * BLOCK :][:BLOCK].tobytes())
-            if found != self.checksums[block]:
-                raise Problem(f"{self.folder} is damaged (block {block}): delete it and run again.")
-            self.checked.add(block)
+            self._check(block, self.images[block * BLOCK :][:BLOCK].tobytes())
         return self.images[indices]
 
+    def _decoded(self, i: int) -> np.ndarray:
+        content = self.images[self.offsets[i] : self.offsets[i + 1]].tobytes()
+        self._check(i, content)
+        return decode(io.BytesIO(content), self.data.size, self.data.geometry)
+
+    def _check(self, place: int, content: bytes) -> None:
+        if place not in self.checked and zlib.crc32(content) != self.checksums[place]:
+            raise Problem(f"{self.folder} is damaged (block {place}): delete it and run again.")
+        self.checked.add(place)
+
     def view(
-        self, indices: np.ndarray, device: torch.device, view: int | None = None, seed: int = 0
+        self, indices: np.ndarray, device: torch.device, view: int | None = None, seed: int = 0,
+        raw: Tensor | None = None,
     ) -> Tensor:
         """Images as networks see them: float32 [B, 3, crop, crop] in 0..1, not normalised.
 
         view None is the evaluation view, the centre; otherwise the augmentation of image i is a
-        function of (seed, view, i) alone.
+        function of (seed, view, i) alone. `raw` are the stored images, if they are at hand.
         """
         data, size = self.data, self.data.size
-        batch = torch.from_numpy(self.raw(indices)).to(device, non_blocking=True)
+        batch = torch.from_numpy(self.raw(indices)) if raw is None else raw
+        batch = batch.to(device, non_blocking=True)
         flips = np.zeros(len(indices), bool)
         if view is not None and data.flip:
             flips = hash_uniform(seed, view, indices, 99) < 0.5
@@ -790,18 +814,22 @@ def open_store(data: Data, root: str) -> Store:
         stat = image.stat()
         return [str(image.absolute()), stat.st_size, stat.st_mtime_ns]
 
-    key = digest([identity(row.image) for row in rows], data.size, data.geometry)
+    encoded = 3 * data.size**2 * len(rows) > data.max_store_gb * 1e9
+    form = "encoded" if encoded else [data.size, data.geometry]
+    key = digest([identity(row.image) for row in rows], form)
     folder = Path(data.store) / key
     with locked(folder.with_suffix(".lock"), wait=True):
         if not (folder / "manifest.json").is_file():
-            build_store(rows, data, folder)
-    checksums = json.loads((folder / "manifest.json").read_text())["checksums"]
-    shape = (len(rows), 3, data.size, data.size)
-    images = np.memmap(folder / "images.u8", np.uint8, "r", shape=shape)
+            build_store(rows, data, folder, encoded)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    images: np.ndarray = np.memmap(folder / "images.u8", np.uint8, "r")
+    if not manifest["offsets"]:
+        images = images.reshape(len(rows), 3, data.size, data.size)
     labels = np.array([row.label for row in rows], np.int64)
     attributes = np.array([row.attribute for row in rows], np.int64)
     splits = np.array([SPLITS.index(row.split) for row in rows], np.int8)
-    store = Store(data, folder, images, checksums, labels, attributes, splits)
+    store = Store(data, folder, images, **manifest, labels=labels, attributes=attributes,
+                  splits=splits)
     for name in SPLITS:
         if not len(store.split(name)):
             raise Problem(f"The data have no {name} images: every split is needed.")
@@ -816,43 +844,59 @@ def open_store(data: Data, root: str) -> Store:
     return store
 
 
-def build_store(rows: list[Row], data: Data, folder: Path) -> None:
+def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> None:
     """Decode every image into `folder`, in parallel; the folder appears only when complete."""
-    part = folder.with_suffix(".part")
+    part, size, failures = folder.with_suffix(".part"), 3 * data.size**2, list[str]()
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    size = 3 * data.size**2
-    total, free = size * len(rows), shutil.disk_usage(part).free
-    say(f"Decoding {len(rows):,} images into {folder}: {total / 1e9:.2f} GB, {free / 1e9:.0f} free")
+
+    def load(i: int) -> bytes:  # what is stored of an image; it is decoded in any case
+        source = rows[i].image
+        try:
+            decoded = decode(source, data.size, data.geometry)
+            if encoded and isinstance(source, Path):
+                return source.read_bytes()
+            if encoded:
+                buffer = io.BytesIO()
+                Image.fromarray(np.asarray(source)).save(buffer, "png")
+                return buffer.getvalue()
+            return decoded.tobytes()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            failures.append(f"{source if isinstance(source, Path) else f'image {i}'} ({error})")
+            return b""
+
+    total = size * len(rows)
+    if encoded:
+        total = sum(r.image.stat().st_size if isinstance(r.image, Path) else size for r in rows)
+    free, form = shutil.disk_usage(part).free, "Packing" if encoded else "Decoding"
+    say(f"{form} {len(rows):,} images into {folder}: {total / 1e9:.2f} GB, {free / 1e9:.0f} free")
     if total > free:
         raise Problem(f"{folder} needs {total / 1e9:.1f} GB, {free / 1e9:.1f} are free: make room, "
                       "lower Data.size, or name another disk as Data.store.")
-    failures: list[str] = []
-
-    def build(start: int) -> int:
-        block = np.zeros((min(BLOCK, len(rows) - start), 3, data.size, data.size), np.uint8)
-        for i in range(len(block)):
-            source = rows[start + i].image
-            try:
-                block[i] = decode(source, data.size, data.geometry)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                place = source if isinstance(source, Path) else f"image {start + i}"
-                failures.append(f"{place} ({error})")
-        content = block.tobytes()
-        os.pwrite(file.fileno(), content, start * size)
-        return zlib.crc32(content)
-
+    offsets, checksums = [0], list[int]()
     with open(part / "images.u8", "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, total)  # a full disk is found here, not half-way
-        starts = range(0, len(rows), BLOCK)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            bar = progress(pool.map(build, starts), "store", total=len(starts))
-            checksums = list(bar)
+        bar = progress(range(0, len(rows), BLOCK), "store")
+        for start in bar:
+            block = list(THREADS.map(load, range(start, min(start + BLOCK, len(rows)))))
+            file.write(b"".join(block))
+            offsets += [offsets[-1] + total for total in itertools.accumulate(map(len, block))]
+            checksums += map(zlib.crc32, block) if encoded else [zlib.crc32(b"".join(block))]
     if failures:
         shutil.rmtree(part)
         raise Problem(f"{len(failures)} images cannot be read: " + ", ".join(sorted(failures)))
-    (part / "manifest.json").write_text(json.dumps({"checksums": checksums}))
+    manifest = {"offsets": offsets if encoded else [], "checksums": checksums}
+    (part / "manifest.json").write_text(json.dumps(manifest))
     part.rename(folder)
+
+
+def prefetch(items: Sequence[Any], load: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
+    """Each item with load(item), which a thread of its own computes two items ahead."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = [thread.submit(load, item) for item in items[:2]]
+        for i, item in enumerate(items):
+            if i + 2 < len(items):
+                ahead.append(thread.submit(load, items[i + 2]))
+            yield item, ahead.pop(0).result()
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -1112,6 +1156,15 @@ def load_model(path: Path, device: torch.device | str = "cpu",
     return model.to(device).eval().requires_grad_(False)
 
 
+def fold(model: Classifier) -> Classifier:
+    """The same frozen function, faster: batch norm folded into convolutions, channels last."""
+    from torch.fx.experimental.optimization import fuse
+
+    with contextlib.suppress(torch.fx.proxy.TraceError):  # a trunk with control flow stays as it is
+        model.trunk = fuse(model.trunk)
+    return model.to(memory_format=torch.channels_last)
+
+
 def trunk_key(model: Classifier) -> str:
     """Identifies a trunk by content: models that differ only in the head share it."""
     state = model.trunk.state_dict()
@@ -1120,66 +1173,120 @@ def trunk_key(model: Classifier) -> str:
 
 
 def encode(
-    trunks: Sequence[Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
-    view: int | None = None, seed: int = 0,
-) -> Iterator[tuple[slice, list[Tensor]]]:
+    trunks: Mapping[str, Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
+    view: int | None = None, seed: int = 0, blocks: Sequence[int] | None = None,
+) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
     """The one prediction loop: features [b, d] of every trunk, by blocks of consecutive images.
 
-    Blocks are the same for any number of processes; each process yields its own.
+    Blocks (all, or those named) are the same for any number of processes; each yields its own.
     """
-    starts = range(BLOCK * runtime.rank, len(indices), BLOCK * runtime.world)
-    for start in progress(starts, "predict") if len(starts) > 20 else starts:
-        part = slice(start, min(start + BLOCK, len(indices)))
+    blocks = range(math.ceil(len(indices) / BLOCK)) if blocks is None else blocks
+    own = blocks[runtime.rank :: runtime.world]
+    for block in progress(own, "predict") if len(own) > 20 else own:
+        part = slice(block * BLOCK, min((block + 1) * BLOCK, len(indices)))
         images = store.view(indices[part], runtime.device, view, seed)
+        images = images.to(memory_format=torch.channels_last)
         with torch.no_grad():
-            yield part, [model.features(images) for model in trunks]
+            yield block, part, {key: model.features(images) for key, model in trunks.items()}
 
 
-def predict(
-    models: Sequence[Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
-    view: int | None = None, seed: int = 0,
-) -> Tensor:
-    """Logits [M, N, C] of frozen models, on the CPU. Models that share a trunk share its pass."""
+def predict(models: Sequence[Classifier], store: Store, indices: np.ndarray,
+            runtime: Runtime) -> Tensor:
+    """Logits [M, N, C] of models in evaluation, on the CPU. A trunk that is shared runs once."""
     keys = [trunk_key(model) if len(models) > 1 else "" for model in models]
-    trunks = dict(zip(keys, models, strict=True))
+    logits = torch.zeros(len(models), len(indices), models[0].num_classes, dtype=runtime.dtype)
     modes = [(model, model.training) for model in models]
     for model in models:
         model.eval()
-    logits = torch.zeros(len(models), len(indices), models[0].num_classes, dtype=runtime.dtype)
     with runtime.autocast():
-        for part, features in encode([*trunks.values()], store, indices, runtime, view, seed):
-            of_trunk = dict(zip(trunks, features, strict=True))
+        trunks = dict(zip(keys, models, strict=True))
+        for _, part, features in encode(trunks, store, indices, runtime):
             for m, model in enumerate(models):
-                logits[m, part] = model.classify(of_trunk[keys[m]]).to(logits)
+                logits[m, part] = model.classify(features[keys[m]]).to(logits)
     for model, mode in modes:
         model.train(mode)
     return runtime.sum(logits.to(runtime.device)).cpu()
 
 
-@dataclass
 class Targets:
-    """Logits of frozen teachers, and the biased model, for every training image of a view.
+    """Logits of frozen models for every training image of a view, kept on disk.
 
-    Computed once before the first epoch that needs a view, shared by all students of a command.
+    A file per model and view: CRC-32 of each block, then float32 (or float64) [N, C]. Its name is
+    a function of trunk, head, images, cropping, view seed and precision, its content besides of
+    the block alone, so it does not matter which student asked first, or whether one was killed. A
+    block that is missing or damaged is computed, from features in full precision.
     """
 
-    models: list[Classifier]  # teachers, then the biased model if there is one
-    num_teachers: int
-    store: Store
-    indices: np.ndarray
-    runtime: Runtime
-    seed: int
-    views: dict[int, Tensor] = field(default_factory=dict)  # view -> [M, N, C]
-    current: Tensor = field(default_factory=lambda: torch.empty(0))
+    def __init__(self, models: Sequence[Classifier], num_teachers: int, store: Store,
+                 settings: Mapping[str, Any], runtime: Runtime, seed: int) -> None:
+        self.num_teachers, self.store, self.runtime, self.seed = num_teachers, store, runtime, seed
+        self.indices = store.split("train")
+        self.trunk_keys = [trunk_key(model) for model in models]
+        self.models = [fold(model) for model in models]
+        self.folder = Path(store.data.store) / "targets"
+        dtype = np.float64 if runtime.dtype == torch.float64 else np.float32
+        self.block = np.dtype((dtype, models[0].num_classes))
+        self.names = []
+        for model, trunk in zip(models, self.trunk_keys, strict=True):
+            head = [v.cpu().numpy().tobytes() for v in model.head.state_dict().values()]
+            told = {**settings, "seed": seed, "precision": runtime.precision}
+            self.names.append(digest(trunk, told, *head))
+        self.current: list[np.ndarray] = []  # [N, C] of each model
+
+    def _open(self, name: str, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """Checksums [blocks] and logits [N, C] of a file, made if need be."""
+        path, rows = self.folder / f"{name}-{view}", len(self.indices)
+        num_blocks = math.ceil(rows / BLOCK)
+        size = 4 * num_blocks + self.block.itemsize * rows
+        with open(path, "ab") as file:
+            os.truncate(file.fileno(), size)
+        sums = np.memmap(path, np.uint32, "r+", shape=(num_blocks,))
+        return sums, np.memmap(path, self.block.base, "r+", 4 * num_blocks,
+                               (rows, *self.block.shape))
 
     def prepare(self, view: int) -> None:
-        """Make the logits of `view` current."""
-        if view not in self.views:
-            logits = predict(self.models, self.store, self.indices, self.runtime, view, self.seed)
-            self.views[view] = logits.to(self.runtime.device)
-            while len(self.views) > 1 and logits.nbytes * len(self.views) > 4e9:
-                del self.views[next(iter(self.views))]
-        self.current = self.views[view]
+        """Make the logits of `view` current, computing what the cache does not hold."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(self.folder / "lock", wait=True)
+        with lock if self.runtime.rank == 0 else contextlib.nullcontext():
+            self.runtime.wait()
+            files = [self._open(name, view) for name in self.names]
+            missing: dict[int, list[int]] = {}  # block -> models
+            for m, (sums, logits) in enumerate(files):
+                for block, known in enumerate(sums):
+                    if zlib.crc32(logits[block * BLOCK :][:BLOCK].tobytes()) != known:
+                        missing.setdefault(block, []).append(m)
+            self.runtime.wait()  # all have looked before any writes
+            needed = sorted({m for absent in missing.values() for m in absent})
+            trunks = {self.trunk_keys[m]: self.models[m] for m in needed}
+            with self.runtime.autocast():
+                for block, part, features in encode(trunks, self.store, self.indices, self.runtime,
+                                                    view, self.seed, sorted(missing)):
+                    for m in missing[block]:
+                        values = self.models[m].classify(features[self.trunk_keys[m]])
+                        files[m][1][part] = values.cpu().numpy()
+                        files[m][0][block] = zlib.crc32(files[m][1][part].tobytes())
+            self.runtime.wait()
+            self.current = [logits for _, logits in files]
+            if missing and self.runtime.rank == 0:
+                self._shrink({f"{name}-{view}" for name in self.names})
+
+    def _shrink(self, keep: set[str]) -> None:
+        """Delete the oldest files until the cache fits, but for those in use."""
+        files = sorted((path for path in self.folder.iterdir() if path.name not in keep | {"lock"}),
+                       key=lambda path: path.stat().st_mtime)
+        excess = sum(path.stat().st_size for path in self.folder.iterdir())
+        excess -= int(self.store.data.cache_gb * 1e9)
+        for path in files:
+            if excess <= 0:
+                break
+            excess -= path.stat().st_size
+            path.unlink()
+
+    def logits(self, positions: np.ndarray) -> Tensor:
+        """Logits [M, b, C] of places in the training set, on the device."""
+        chosen = np.stack([logits[positions] for logits in self.current])
+        return torch.from_numpy(chosen).to(self.runtime.device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1337,7 +1444,7 @@ class Batch(NamedTuple):
     images: Tensor  # [b, 3, crop, crop] in 0..1
     logits: Tensor  # [b, C], with gradient
     labels: Tensor  # [b]
-    positions: Tensor  # [b], places in the training set
+    positions: np.ndarray  # [b], places in the training set
     total: int  # samples of the total batch
     step: int
     runtime: Runtime
@@ -1369,7 +1476,7 @@ def distill_objective(settings: Distill, targets: Targets | None, seed: int) -> 
 
     def losses(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logits, tau = batch.logits, settings.tau
-        current = targets.current[:, batch.positions]  # [M or M + 1, b, C]
+        current = targets.logits(batch.positions)  # [M or M + 1, b, C]
         teachers, biased = current[: targets.num_teachers], current[-1]
         weights = torch.ones(teachers.shape[:2], dtype=torch.float64, device=logits.device)
         if settings.weighting == "random":
@@ -1509,8 +1616,8 @@ def refit_head(
     indices = store.split("reweighting")
     model.eval()
     features = torch.zeros(len(indices), model.head.in_features, dtype=runtime.dtype)
-    for part, (block,) in encode([model], store, indices, runtime):
-        features[part] = block.to(features)
+    for _, part, found in encode({"": model}, store, indices, runtime):
+        features[part] = found[""].to(features)
     embedded = runtime.sum(features.to(runtime.device)).cpu().numpy()
     labels, groups = store.labels[indices], store.groups[indices]
     method = settings.method
@@ -1874,6 +1981,16 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
     run.current = run.current.to(device) * held
     run.sums = {k: v.to(device) * held for k, v in run.sums.items()}
 
+    def gather(batch: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
+        own = batch[runtime.rank :: runtime.world]
+        own = own if len(own) else batch[:1]
+        micro, found = train.micro_batch or len(own), []
+        for first in range(0, len(own), micro):
+            raw = torch.from_numpy(store.raw(indices[own[first : first + micro]]))
+            raw = raw.pin_memory() if device.type == "cuda" else raw
+            found.append((own[first : first + micro], raw))
+        return found
+
     def checkpoint() -> float:
         run.sums = {k: runtime.sum(v) for k, v in sorted(run.sums.items())}
         run.current = runtime.sum(run.current)
@@ -1902,11 +2019,11 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
                 view = epoch % train.num_views if train.num_views else epoch
             objective.prepare(view)
             batches = epoch_batches(len(indices), train.batch_size, seed, epoch)
-            for batch in batches[run.step - epoch * steps_per_epoch :]:
+            for batch, parts in prefetch(batches[run.step - epoch * steps_per_epoch :], gather):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(train, run.step, steps_per_epoch)
-                images = accumulate(model, network, objective, train, batch, run, store, view, seed,
-                                    runtime)
+                images = accumulate(model, network, objective, train, len(batch), parts, run, store,
+                                    view, seed, runtime)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if board and run.step == 0:
@@ -1949,33 +2066,27 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
 
 
 def accumulate(model: Classifier, network: nn.Module, objective: Objective, train: Train,
-               batch: np.ndarray, run: Progress, store: Store, view: int, seed: int,
-               runtime: Runtime) -> Tensor:
-    """Gradients of one total batch (places in the training set), of this process's slice of it.
-
-    Adds the figures to `run`; returns the images last seen.
-    """
+               total: int, parts: list[tuple[np.ndarray, Tensor]], run: Progress, store: Store,
+               view: int, seed: int, runtime: Runtime) -> Tensor:
+    """Gradients of one batch of `total` images, of which this process has `parts` (micro-batches:
+    places in the training set, stored images). Adds to `run`; returns the images last seen."""
     indices, device = store.split("train"), runtime.device
-    own = batch[runtime.rank :: runtime.world]
-    # DDP averages over processes; one without a sample of a short batch adds one that counts nil.
-    scale = runtime.world / len(batch) if len(own) else 0.0
-    own = own if len(own) else batch[:1]
-    micro = train.micro_batch or len(own)
-    for first in range(0, len(own), micro):
-        part = own[first : first + micro]
-        torch.manual_seed(int(hash_bits(seed, run.step, runtime.rank, first)[0] >> 1))
-        images = store.view(indices[part], device, view, train.view_seed)
-        places = torch.from_numpy(part).to(device)
-        labels = torch.from_numpy(store.labels[indices[part]]).to(device)
-        last = first + micro >= len(own)
+    for number, (places, raw) in enumerate(parts):
+        torch.manual_seed(int(hash_bits(seed, run.step, runtime.rank, number)[0] >> 1))
+        images = store.view(indices[places], device, view, train.view_seed, raw)
+        labels = torch.from_numpy(store.labels[indices[places]]).to(device)
+        last = number == len(parts) - 1
         with contextlib.nullcontext() if last else runtime.accelerator.no_sync(network):
             with runtime.autocast():
                 logits = network(images)
             per_sample, figures = objective.losses(
-                Batch(model, images, logits, labels, places, len(batch), run.step, runtime))
-            runtime.accelerator.backward(per_sample.sum() * scale)
-        if scale:
-            run.current[places] = per_sample.detach().to(run.current)
+                Batch(model, images, logits, labels, places, total, run.step, runtime))
+            # DDP averages over processes, hence their number.
+            loss = per_sample.sum() * (runtime.world / total)
+            counts = total > runtime.rank  # else: a sample that only keeps the process in step
+            runtime.accelerator.backward(loss * counts)
+        if counts:
+            run.current[torch.from_numpy(places).to(device)] = per_sample.detach().to(run.current)
             for name, value in (figures | {"loss": per_sample}).items():
                 run.sums[name] = run.sums.get(name, 0) + value.detach().double().sum(-1)
     return images
@@ -2152,8 +2263,7 @@ def load_targets(ctx: Context, student: Distill, runtime: Runtime,
     if key not in loaded:
         models = [load_model(artefact.path, runtime.device, ctx.store) for _, artefact in ensemble]
         num_teachers = len(models) - (student.weighting == "agre")
-        indices = ctx.store.split("train")
-        loaded[key] = Targets(models, num_teachers, ctx.store, indices, runtime, seed)
+        loaded[key] = Targets(models, num_teachers, ctx.store, ctx.data_settings(), runtime, seed)
     return loaded[key]
 
 

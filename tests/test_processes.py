@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Run, write_images
 from safetensors.torch import load_file
 
 STUDENTS = '''
-once = Train(epochs=1, batch_size=16, lr=1.0, momentum=0.0, weight_decay=0.0)
+once = Train(epochs=1, batch_size=264, lr=1.0, momentum=0.0, weight_decay=0.0)
 plain = Distill(arch="cnn2", weights="random", train=once)
 uneven = replace(once, batch_size=5, lr=0.01, momentum=0.9)
 agre = replace(plain, weighting="agre")
@@ -63,8 +64,9 @@ def test_whole_models_side_by_side_have_the_bits_of_one_process(
     assert printed.count("| teachers, ERM ") == 1  # once, not by each process
 
 
-def test_shared_batches_equal_one_process(images: Path, grokd_process: Run) -> None:
+def test_shared_batches_equal_one_process(tmp_path: Path, grokd_process: Run) -> None:
     """AVER after an epoch of uneven batches, and the first gradient of every weighting."""
+    images = write_images(tmp_path / "images", per_group=66)  # two blocks of cached targets
     text = (images / "tiny.py").read_text().replace("students={", "students=students or {")
     more = f"from dataclasses import replace\n{STUDENTS}\nrecipe = Recipe"
     text = text.replace("recipe = Recipe", more)
@@ -75,7 +77,13 @@ def test_shared_batches_equal_one_process(images: Path, grokd_process: Run) -> N
     grokd_process("distill", "tiny.py", *flags, cwd=images)
     one = images / "runs" / "tiny" / "students"
     one.rename(images / "one")
+    targets = images / "store" / "targets"
+    targets.rename(images / "targets")
     processes(TWO, "distill", "tiny.py", *flags, "--parallel", "data", cwd=images)
+    cached = {path.name: np.fromfile(path, np.float64, offset=8) for path in targets.glob("*-0")}
+    assert len(cached) == 3
+    for name, values in cached.items():
+        assert np.abs(values - np.fromfile(images / "targets" / name, offset=8)).max() < 1e-10
     gaps = {}
     for path in sorted((images / "one").glob("*/seed0/model.safetensors")):
         a, b = load_file(path), load_file(one / path.relative_to(images / "one"))
