@@ -761,8 +761,10 @@ class Store:
         if view is None or not data.random_crop:
             start = (size - data.crop) // 2
             images = batch[:, :, start : start + data.crop, start : start + data.crop].float() / 255
-            flip = torch.from_numpy(flips).to(device)[:, None, None, None]
-            return torch.where(flip, images.flip(3), images) if flips.any() else images
+            if flips.any():
+                flip = torch.from_numpy(flips).to(device)[:, None, None, None]
+                images = torch.where(flip, images.flip(3), images)
+            return images.contiguous(memory_format=torch.channels_last)
         left, top, width, height = random_boxes(seed, view, indices, data).T
         theta = np.zeros((len(indices), 2, 3), np.float32)  # output -> stored square, in -1..1
         theta[:, 0, 0] = width / size * np.where(flips, -1, 1)
@@ -774,7 +776,7 @@ class Store:
         images = F.grid_sample(
             batch.float() / 255, grid, padding_mode="border", align_corners=False
         )
-        return images.clamp_(0, 1)
+        return images.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def random_boxes(seed: int, view: int, indices: np.ndarray, data: Data) -> np.ndarray:
@@ -814,7 +816,7 @@ def open_store(data: Data, root: str) -> Store:
         stat = image.stat()
         return [str(image.absolute()), stat.st_size, stat.st_mtime_ns]
 
-    encoded = 3 * data.size**2 * len(rows) > data.max_store_gb * 1e9
+    encoded = store_bytes(len(rows), data.size) > data.max_store_gb * 1e9
     form = "encoded" if encoded else [data.size, data.geometry]
     key = digest([identity(row.image) for row in rows], form)
     folder = Path(data.store) / key
@@ -844,9 +846,14 @@ def open_store(data: Data, root: str) -> Store:
     return store
 
 
+def store_bytes(num_images: int, size: int) -> int:
+    """Size of a store of decoded images."""
+    return 3 * size**2 * num_images
+
+
 def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> None:
     """Decode every image into `folder`, in parallel; the folder appears only when complete."""
-    part, size, failures = folder.with_suffix(".part"), 3 * data.size**2, list[str]()
+    part, failures = folder.with_suffix(".part"), list[str]()
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
 
@@ -865,9 +872,10 @@ def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> Non
             failures.append(f"{source if isinstance(source, Path) else f'image {i}'} ({error})")
             return b""
 
-    total = size * len(rows)
+    total = store_bytes(len(rows), data.size)
     if encoded:
-        total = sum(r.image.stat().st_size if isinstance(r.image, Path) else size for r in rows)
+        one = store_bytes(1, data.size)
+        total = sum(r.image.stat().st_size if isinstance(r.image, Path) else one for r in rows)
     free, form = shutil.disk_usage(part).free, "Packing" if encoded else "Decoding"
     say(f"{form} {len(rows):,} images into {folder}: {total / 1e9:.2f} GB, {free / 1e9:.0f} free")
     if total > free:
@@ -979,6 +987,7 @@ class Classifier(nn.Module):
     def __init__(self, arch: str, num_classes: int, input: Input) -> None:
         super().__init__()
         self.arch, self.num_classes, self.input = arch, num_classes, input
+        self.folded_from = ""  # see fold
         self.trunk = _network(arch, num_classes)
         linear = [name for name, layer in self.trunk.named_modules()
                   if isinstance(layer, nn.Linear) and not name.startswith(AUXILIARY)]
@@ -1160,6 +1169,9 @@ def fold(model: Classifier) -> Classifier:
     """The same frozen function, faster: batch norm folded into convolutions, channels last."""
     from torch.fx.experimental.optimization import fuse
 
+    if model.folded_from:
+        return model
+    model.folded_from = trunk_key(model)
     with contextlib.suppress(torch.fx.proxy.TraceError):  # a trunk with control flow stays as it is
         model.trunk = fuse(model.trunk)
     return model.to(memory_format=torch.channels_last)
@@ -1167,6 +1179,8 @@ def fold(model: Classifier) -> Classifier:
 
 def trunk_key(model: Classifier) -> str:
     """Identifies a trunk by content: models that differ only in the head share it."""
+    if model.folded_from:
+        return model.folded_from
     state = model.trunk.state_dict()
     told = [model.arch, dataclasses.asdict(model.input)]
     return digest(told, *(v.cpu().numpy().tobytes() for v in state.values()))
@@ -1185,7 +1199,6 @@ def encode(
     for block in progress(own, "predict") if len(own) > 20 else own:
         part = slice(block * BLOCK, min((block + 1) * BLOCK, len(indices)))
         images = store.view(indices[part], runtime.device, view, seed)
-        images = images.to(memory_format=torch.channels_last)
         with torch.no_grad():
             yield block, part, {key: model.features(images) for key, model in trunks.items()}
 
@@ -1206,6 +1219,11 @@ def predict(models: Sequence[Classifier], store: Store, indices: np.ndarray,
     for model, mode in modes:
         model.train(mode)
     return runtime.sum(logits.to(runtime.device)).cpu()
+
+
+def target_bytes(rows: int, row_bytes: int) -> int:
+    """Size of the cached targets of one model and view, checksums included."""
+    return 4 * math.ceil(rows / BLOCK) + row_bytes * rows
 
 
 class Targets:
@@ -1237,9 +1255,8 @@ class Targets:
         """Checksums [blocks] and logits [N, C] of a file, made if need be."""
         path, rows = self.folder / f"{name}-{view}", len(self.indices)
         num_blocks = math.ceil(rows / BLOCK)
-        size = 4 * num_blocks + self.block.itemsize * rows
         with open(path, "ab") as file:
-            os.truncate(file.fileno(), size)
+            os.truncate(file.fileno(), target_bytes(rows, self.block.itemsize))
         sums = np.memmap(path, np.uint32, "r+", shape=(num_blocks,))
         return sums, np.memmap(path, self.block.base, "r+", 4 * num_blocks,
                                (rows, *self.block.shape))
@@ -1952,6 +1969,7 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
     num_epochs = min(train.epochs, stop_after or train.epochs)
     steps_per_epoch = len(epoch_batches(len(indices), train.batch_size, seed, 0))
     num_steps = num_epochs * steps_per_epoch
+    model.to(memory_format=torch.channels_last)  # what convolutions like best, on CPUs as on GPUs
     model.to(device, runtime.dtype).train()
     network: nn.Module = model
     if runtime.world > 1:
@@ -2238,7 +2256,7 @@ def run_distill(ctx: Context) -> None:
         for name, artefact in ctx.ensemble(student):
             ctx.require(artefact, "bias-model" if name.startswith("bias") else "teachers")
     runtime, own_jobs = ctx.runtime.plan([*jobs.items()], ctx.common.parallel)
-    ensembles: dict[tuple[Any, ...], Targets] = {}
+    frozen: dict[str, Classifier] = {}
     for (_, seed), names in own_jobs:
         students = {ctx.student(name, seed): ctx.recipe.students[name] for name in names}
         with making([*students], runtime):
@@ -2246,7 +2264,7 @@ def run_distill(ctx: Context) -> None:
                        if not ctx.finished(a)}
             if targets:
                 student = students[next(iter(targets))]
-                teachers = load_targets(ctx, student, runtime, ensembles)
+                teachers = load_targets(ctx, student, runtime, frozen)
                 train_and_save(student, student.arch, student.weights,
                                distill_objective(student, teachers, seed), targets, ctx, runtime,
                                seed)
@@ -2254,17 +2272,18 @@ def run_distill(ctx: Context) -> None:
 
 
 def load_targets(ctx: Context, student: Distill, runtime: Runtime,
-                 loaded: dict[tuple[Any, ...], Targets]) -> Targets | None:
-    """The frozen ensemble of a student; one that an earlier student used is used again."""
-    ensemble, seed = ctx.ensemble(student), student.train.view_seed
+                 frozen: dict[str, Classifier]) -> Targets | None:
+    """The targets of a student; `frozen` are the networks loaded so far, by fingerprint."""
+    ensemble = ctx.ensemble(student)
     if not ensemble:
         return None
-    key = (*(artefact.fingerprint for _, artefact in ensemble), seed)
-    if key not in loaded:
-        models = [load_model(artefact.path, runtime.device, ctx.store) for _, artefact in ensemble]
-        num_teachers = len(models) - (student.weighting == "agre")
-        loaded[key] = Targets(models, num_teachers, ctx.store, ctx.data_settings(), runtime, seed)
-    return loaded[key]
+    for _, artefact in ensemble:
+        if artefact.fingerprint not in frozen:
+            frozen[artefact.fingerprint] = load_model(artefact.path, runtime.device, ctx.store)
+    models = [frozen[artefact.fingerprint] for _, artefact in ensemble]
+    num_teachers = len(models) - (student.weighting == "agre")
+    return Targets(models, num_teachers, ctx.store, ctx.data_settings(), runtime,
+                   student.train.view_seed)
 
 
 class Found(NamedTuple):
@@ -2344,7 +2363,10 @@ def run_eval(ctx: Context, models: Sequence[Path] = ()) -> None:
             scores = group_scores(vote == labels, groups, train_counts)
             rows[votes[row]] = [{"name": votes[row]} | scores]
     results = {
-        "about": about(ctx, split),
+        "about": origin(ctx.runtime.accelerator.num_processes) | {
+            "recipe": ctx.name, "split": split, "seeds": ctx.recipe.seeds,
+            "teacher_seeds": [ctx.recipe.teachers.seed + i
+                              for i in range(ctx.recipe.teachers.num_teachers)]},
         "groups": [{"name": name, "images": int(n), "train_images": int(t)} for name, n, t
                    in zip(store.group_names, store.counts(split), train_counts, strict=True)],
         "rows": [{"name": name, "published": ctx.recipe.published.get(name, {}), "members": members}
@@ -2360,8 +2382,8 @@ def run_eval(ctx: Context, models: Sequence[Path] = ()) -> None:
     ctx.runtime.accelerator.wait_for_everyone()
 
 
-def about(ctx: Context, split: str) -> dict[str, Any]:
-    """Where figures come from: command, date, commit, machine, versions, seeds."""
+def origin(processes: int = 1) -> dict[str, str]:
+    """Where figures come from: command, date, commit, machine, versions."""
     here = str(Path(__file__).parent)
     asked = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -2374,16 +2396,12 @@ def about(ctx: Context, split: str) -> dict[str, Any]:
             machine = named[1]
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
-    processes, teachers = ctx.runtime.accelerator.num_processes, ctx.recipe.teachers
-    return {
-        "command": " ".join(["python grokd.py", *sys.argv[1:]]), "recipe": ctx.name, "split": split,
-        "date": time.strftime("%Y-%m-%d"), "commit": commit,
-        "hardware": f"{machine}, {processes} process(es) of {torch.get_num_threads()} threads",
-        "versions": f"grokd {__version__}, torch {torch.__version__}, Python "
-                    f"{platform.python_version()}",
-        "seeds": list(ctx.recipe.seeds),
-        "teacher_seeds": [teachers.seed + i for i in range(teachers.num_teachers)],
-    }
+    versions = f"grokd {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    script = Path(sys.argv[0])
+    script = Path(script.name) if script.is_absolute() else script
+    return {"command": " ".join(["python", str(script), *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%d"), "commit": commit, "versions": versions,
+            "hardware": f"{machine}, {processes} process(es) of {torch.get_num_threads()} threads"}
 
 
 def report(results: Mapping[str, Any]) -> str:

@@ -17,14 +17,20 @@ def block(match: re.Match[str]) -> str:
     """The table of one results.json, and where its figures come from."""
     results = json.loads((ROOT / match[1]).read_text())
     facts = results["about"]
-    table = grokd.summary_table(results)
     source = (
-        f"Per cent, mean ± sample standard deviation over models: `{facts['command']}`, "
-        f"{facts['date']}, commit {facts['commit']}, {facts['hardware']}, {facts['versions']}; "
-        f"student seeds {', '.join(map(str, facts['seeds']))}, teacher seeds "
-        f"{', '.join(map(str, facts['teacher_seeds']))}; all figures in "
-        f"[{match[1]}]({match[1]})."
+        f"`{facts['command']}`, {facts['date']}, commit {facts['commit']}, {facts['hardware']}, "
+        f"{facts['versions']}"
     )
+    if "header" in results:  # of bench.py
+        table = grokd.table(results["header"], results["rows"])
+    else:
+        table = grokd.summary_table(results)
+        source = (
+            f"Per cent, mean ± sample standard deviation over models: {source}; student seeds "
+            f"{', '.join(map(str, facts['seeds']))}, teacher seeds "
+            f"{', '.join(map(str, facts['teacher_seeds']))}"
+        )
+    source += f". Record: [{match[1]}]({match[1]})."
     return f"<!-- table {match[1]} -->\n{table}\n\n{source}\n<!-- end -->"
 
 

@@ -1,0 +1,252 @@
+"""Speed as ratios, both sides in one process: python tests/bench.py [--save FILE]
+
+5 ResNet-50 teachers and a biased one, ResNet-18 student, 64 pixels, batch 32, random weights and
+images; medians of several alternating runs. --encoded N instead reads N generated JPEGs through
+the encoded store; --estimate prints the disk space that known data sets take. Not collected by
+pytest: times are measured, never asserted.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import grokd  # noqa: E402
+from grokd import Batch, Data, Distill, Input, Objective, Progress, Row, Train  # noqa: E402
+
+SIZE, BATCH, TEACHERS, TAU = 64, 32, 5, 4.0
+
+
+def median_times(*functions: Callable[[], Any], runs: int) -> list[float]:
+    """Median seconds of each, run in turn after a warm-up of each."""
+    for function in functions:
+        function()
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(runs):
+        for function, spent in zip(functions, times, strict=True):
+            began = time.perf_counter()
+            function()
+            spent.append(time.perf_counter() - began)
+    return [statistics.median(spent) for spent in times]
+
+
+def random_rows(count: int) -> list[Row]:
+    random = np.random.default_rng(0)
+    return [
+        Row(random.integers(0, 255, (72, 72, 3), dtype=np.uint8), i % 2, i // 2 % 2,
+            ("train", "train", "train", "val", "test")[i // 4 % 5])
+        for i in range(count)
+    ]
+
+
+def per_sample_weights(model: grokd.Classifier, images: Tensor, logits: Tensor) -> Tensor:
+    """The definition: one autograd call per sample and model, over all parameters."""
+    parameters = list(model.parameters())
+    weights = torch.zeros(len(logits) - 1, len(images))
+    for i in range(len(images)):
+        output = model(images[i : i + 1])
+        gradients = []
+        for target in logits[:, i : i + 1]:
+            loss = grokd.kd_losses(output, target, TAU).sum()
+            parts = torch.autograd.grad(loss, parameters, retain_graph=True)
+            gradients.append(torch.cat([part.flatten() for part in parts]))
+        for t, gradient in enumerate(gradients[:-1]):
+            weights[t, i] = 1 - torch.cosine_similarity(gradient, gradients[-1], 0)
+    return weights
+
+
+def speed(folder: str, runs: int) -> list[list[str]]:
+    """Rows of the table."""
+    runtime = grokd.Runtime.start("float32")
+    rows = random_rows(1600)
+    data = Data(reader=lambda _: rows, size=72, crop=SIZE, store=folder)
+    store = grokd.open_store(data, "")
+    indices = store.split("train")
+    steps = len(indices) // BATCH
+
+    def network(arch: str, seed: int) -> grokd.Classifier:
+        return grokd.build_model(arch, "random", 2, Input(), seed)
+
+    plain = [network("resnet50", seed).eval().requires_grad_(False) for seed in range(6)]
+    targets = grokd.Targets([network("resnet50", seed).eval().requires_grad_(False)
+                             for seed in range(6)], TEACHERS, store, {}, runtime, 0)
+    began = time.perf_counter()
+    targets.prepare(0)
+    teacher_epoch = time.perf_counter() - began
+
+    student = network("resnet18", 9).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(student.parameters(), 1e-3, 0.9)
+    train = Train(batch_size=BATCH)
+    run = Progress(torch.zeros(1, len(indices)), torch.zeros(len(indices)))
+    batches = grokd.epoch_batches(len(indices), BATCH, 0, 0)[:steps]
+    places = batches[0]
+    raw = torch.from_numpy(store.raw(indices[places]))
+    images = store.view(indices[places], runtime.device, 0)
+    labels = torch.from_numpy(store.labels[indices[places]])
+
+    def step(objective: Objective, batch: np.ndarray = places, stored: Tensor = raw) -> None:
+        grokd.accumulate(student, student, objective, train, len(batch), [(batch, stored)], run,
+                         store, 0, 0, runtime)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def bare() -> None:
+        torch.nn.functional.cross_entropy(student(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    agre, average = Distill(), Distill(weighting="average")
+    ours = grokd.distill_objective(agre, targets, 0)
+    aver = grokd.distill_objective(average, targets, 0)
+    per_teacher = grokd.distill_objective(replace(agre, space="batch"), targets, 0)
+
+    def online(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            logits = torch.stack([model(batch.images) for model in plain])
+        weights = grokd.agre_weights(batch.logits, logits[:-1], logits[-1], TAU)
+        shares = grokd.teacher_shares(weights)
+        return grokd.weighted_kd(batch.logits, logits[:-1], shares, TAU), {}
+
+    def epoch() -> None:
+        def load(batch: np.ndarray) -> Tensor:
+            return torch.from_numpy(store.raw(indices[batch]))
+
+        for batch, stored in grokd.prefetch(batches, load):
+            step(ours, batch, stored)
+
+    def bare_epoch() -> None:
+        for _ in batches:
+            bare()
+
+    table = []
+
+    def row(what: str, against: str, ratio: float) -> None:
+        table.append([what, against, f"{ratio:,.2f}" if ratio < 100 else f"{ratio:,.0f}"])
+        print(f"{what} / {against}: {table[-1][2]}", flush=True)
+
+    t_agre, t_aver = median_times(lambda: step(ours), lambda: step(aver), runs=4 * runs)
+    row("AGRE step, warm cache", "AVER step, warm cache", t_agre / t_aver)
+    t_per_teacher, t_aver = median_times(lambda: step(per_teacher), lambda: step(aver), runs=runs)
+    row("AGRE step with a backward pass per teacher", "AVER step", t_per_teacher / t_aver)
+    student.eval()
+    with torch.no_grad():
+        output, logits = student(images), targets.logits(places)
+    t_sample, = median_times(lambda: per_sample_weights(student, images, logits), runs=1)
+    t_closed, = median_times(lambda: grokd.agre_weights(output, logits[:-1], logits[-1], TAU),
+                             runs=200)
+    student.train()
+    row("weights by per-sample autograd, batch 32", "closed form", t_sample / t_closed)
+    t_epoch, t_bare = median_times(epoch, bare_epoch, runs=max(2, runs // 2))
+    row("AGRE epoch, warm cache", "bare forward, backward, step on one tensor", t_epoch / t_bare)
+    contiguous_student = network("resnet18", 9).train()
+    contiguous = images.contiguous()
+
+    def bare_contiguous() -> None:
+        torch.nn.functional.cross_entropy(contiguous_student(contiguous), labels).backward()
+
+    t_contiguous, t_bare = median_times(bare_contiguous, bare, runs=2 * runs)
+    row("bare student step, contiguous", "channels last", t_contiguous / t_bare)
+    t_online, t_agre = median_times(lambda: step(Objective(online)), lambda: step(ours), runs=runs)
+    row("AGRE step with the teachers online", "warm cache", t_online / t_agre)
+    t_read, t_bare = median_times(
+        lambda: store.view(indices[places], runtime.device, 1), bare, runs=4 * runs)
+    row("reading a batch with crop and flip", "bare student step", t_read / t_bare)
+    folded = targets.models
+
+    def ensemble(models: list[grokd.Classifier], batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.stack([model(batch) for model in models])
+
+    t_plain, t_folded = median_times(lambda: ensemble(plain, contiguous),
+                                     lambda: ensemble(folded, images), runs=runs)
+    row("plain ensemble of 6", "folded, channels last", t_plain / t_folded)
+    gap = (ensemble(plain, contiguous) - ensemble(folded, images)).abs().max()
+    table.append(["largest difference of their logits", "", f"{gap:.1e}"])
+    ablation = 18 * t_epoch
+    row("18 students (6 tau x 3 seeds), teachers online", "one student, warm cache",
+        18 * t_online * steps / t_epoch)
+    row("18 students, cache filled once", "one student, warm cache",
+        (ablation + teacher_epoch) / t_epoch)
+    return table
+
+
+def encoded(folder: str, count: int) -> list[list[str]]:
+    """Reading generated JPEGs through the encoded store."""
+    random = np.random.default_rng(0)
+    rows, where = [], Path(folder) / "images"
+    where.mkdir()
+    for i in range(count):
+        path = where / f"{i}.jpg"
+        pixels = np.repeat(np.repeat(random.integers(0, 255, (8, 8, 3), np.uint8), 8, 0), 8, 1)
+        Image.fromarray(pixels).save(path, quality=80)
+        rows.append(Row(path, i % 2, i // 2 % 2, grokd.SPLITS[i // 4 % 3]))
+    data = Data(reader=lambda _: rows, size=64, crop=56, store=folder, max_store_gb=0.0)
+    began = time.perf_counter()
+    store = grokd.open_store(data, "")
+    built, memory, rates = time.perf_counter() - began, [], []
+    for epoch in range(2):
+        began = time.perf_counter()
+        for batch in grokd.epoch_batches(count, 128, 0, epoch):
+            store.view(batch, torch.device("cpu"), epoch)
+        rates.append(count / (time.perf_counter() - began))
+        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    return [
+        ["packing, each file decoded once to check it", f"{count / built:,.0f} images/s"],
+        ["reading with crop and flip, first epoch", f"{rates[0]:,.0f} images/s"],
+        ["reading with crop and flip, second epoch", f"{rates[1]:,.0f} images/s"],
+        ["peak memory after the first epoch", f"{memory[0]:,.0f} MiB"],
+        ["peak memory after the second epoch", f"{memory[1]:,.0f} MiB"],
+    ]
+
+
+def estimate() -> list[list[str]]:
+    """Disk of stores and of cached targets (10 teachers and a biased model), by the code itself."""
+    sets = {"Waterbirds": (11_788, 4_795, 2), "CelebA": (202_599, 162_770, 2),
+            "ImageNet-1k": (1_331_167, 1_281_167, 1000)}
+    return [
+        [name, f"{grokd.store_bytes(images, 256) / 1e9:,.1f} GB",
+         f"{11 * grokd.target_bytes(train, 4 * classes) / 1e6:,.1f} MB"]
+        for name, (images, train, classes) in sets.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--encoded", type=int, default=0, help="number of JPEGs")
+    parser.add_argument("--estimate", action="store_true", help="disk for known data sets")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--save", type=Path, help="write the table as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.encoded:
+            header = [f"{args.encoded:,} JPEGs of 64 x 64 in the encoded store", ""]
+            rows = encoded(folder, args.encoded)
+        elif args.estimate:
+            header = ["data set, 256 pixels", "decoded store", "targets of 11 models, a view"]
+            rows = estimate()
+        else:
+            header, rows = ["this", "against", "ratio"], speed(folder, args.runs)
+    print(grokd.table(header, rows))
+    about = grokd.origin()
+    print(", ".join(about.values()))
+    if args.save:
+        args.save.write_text(json.dumps({"about": about, "header": header, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
