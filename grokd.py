@@ -1255,8 +1255,12 @@ class Targets:
         """Checksums [blocks] and logits [N, C] of a file, made if need be."""
         path, rows = self.folder / f"{name}-{view}", len(self.indices)
         num_blocks = math.ceil(rows / BLOCK)
-        with open(path, "ab") as file:
-            os.truncate(file.fileno(), target_bytes(rows, self.block.itemsize))
+        try:
+            with open(path, "ab") as file:  # a full disk is found here: a map could only crash
+                os.posix_fallocate(file.fileno(), 0, target_bytes(rows, self.block.itemsize))
+        except OSError as error:
+            raise Problem(f"{path} could not be written ({error.strerror}): make room, or name "
+                          "another disk as Data.store.") from error
         sums = np.memmap(path, np.uint32, "r+", shape=(num_blocks,))
         return sums, np.memmap(path, self.block.base, "r+", 4 * num_blocks,
                                (rows, *self.block.shape))
@@ -1502,17 +1506,16 @@ def distill_objective(settings: Distill, targets: Targets | None, seed: int) -> 
             weights[chosen] = 1
         elif settings.weighting == "agre" and settings.space == "batch":
             parameters = [p for p in batch.model.parameters() if p.requires_grad]
-            row = batch_weights(
-                logits, teachers, biased, parameters, tau, settings.normalise, batch.total,
-                batch.runtime.sum,
-            )
+            row = batch_weights(logits, teachers, biased, parameters, tau, settings.normalise,
+                                batch.total, batch.runtime.sum)
             weights = row[:, None].expand_as(weights)
         elif settings.weighting == "agre":
             reference, gram = logits, None
             if settings.space == "parameters":
                 reference, gram = logit_gram(batch.model, batch.images)
             weights = agre_weights(reference, teachers, biased, tau, settings.normalise, gram)
-        shares = teacher_shares(weights, settings.zero, settings.shrink)
+        shrink = settings.shrink if settings.weighting == "agre" else 0.0
+        shares = teacher_shares(weights, settings.zero, shrink)
         distilled = weighted_kd(logits, teachers, shares, tau, settings.combine)
         labelled = cross_entropy(logits, batch.labels)
         figures = {"cross_entropy": labelled, "distillation": distilled}

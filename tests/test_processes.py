@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT, Run, write_images
 from safetensors.torch import load_file
 
+import grokd
+
 STUDENTS = '''
 once = Train(epochs=1, batch_size=264, lr=1.0, momentum=0.0, weight_decay=0.0)
 plain = Distill(arch="cnn2", weights="random", train=once)
@@ -64,7 +66,7 @@ def test_whole_models_side_by_side_have_the_bits_of_one_process(
     assert printed.count("| teachers, ERM ") == 1  # once, not by each process
 
 
-def test_shared_batches_equal_one_process(tmp_path: Path, grokd_process: Run) -> None:
+def test_shared_batches_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """AVER after an epoch of uneven batches, and the first gradient of every weighting."""
     images = write_images(tmp_path / "images", per_group=66)  # two blocks of cached targets
     text = (images / "tiny.py").read_text().replace("students={", "students=students or {")
@@ -72,9 +74,9 @@ def test_shared_batches_equal_one_process(tmp_path: Path, grokd_process: Run) ->
     text = text.replace("recipe = Recipe", more)
     (images / "tiny.py").write_text(text)
     flags = ["--precision", "float64", "--seeds", "0"]
-    for stage in ("teachers", "bias-model"):
-        grokd_process(stage, "tiny.py", *flags, cwd=images)
-    grokd_process("distill", "tiny.py", *flags, cwd=images)
+    monkeypatch.chdir(images)
+    for stage in ("teachers", "bias-model", "distill"):
+        grokd.command_line([stage, "tiny.py", *flags])
     one = images / "runs" / "tiny" / "students"
     one.rename(images / "one")
     targets = images / "store" / "targets"
