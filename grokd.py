@@ -261,8 +261,9 @@ class Distill:
     """One student and how it learns."""
 
     # Weights of the teachers. agre: by departure from the biased model. average: equal (AVER).
-    # random: one teacher a batch. one-hot: no teachers, labels only.
-    weighting: Literal["agre", "average", "random", "one-hot"] = "agre"
+    # random: one teacher a batch. ae-kd: their gradients' least common norm, once a batch. eb-kd:
+    # by certainty. ca-mkd: by agreement with the label. one-hot: no teachers, labels only.
+    weighting: Literal["agre", "average", "random", "ae-kd", "eb-kd", "ca-mkd", "one-hot"] = "agre"
     alpha: Share = 1.0  # Share of the distillation loss; the rest is cross-entropy with the labels.
     # Temperature of the softmax. AGRE-KD's accuracy grows slowly with it, from 1 to 10.
     tau: Annotated[float, Range(1e-3, 1e3)] = 4.0
@@ -408,10 +409,11 @@ def check_recipe(recipe: Recipe, name: str) -> None:
         refuse(student.num_teachers > teachers.num_teachers,
                f"students[{key!r}].num_teachers = {student.num_teachers}, but there are "
                f"{teachers.num_teachers} teachers")
-        micro, total = student.train.micro_batch, student.train.batch_size
-        refuse(student.space == "batch" and 0 < micro < total,
-               f"students[{key!r}]: space = 'batch' compares gradients of whole batches, not of "
-               "micro-batches: set micro_batch = 0")
+        whole = (student.weighting, student.space) == ("agre", "batch")
+        whole = whole or student.weighting == "ae-kd"
+        refuse(whole and 0 < student.train.micro_batch < student.train.batch_size,
+               f"students[{key!r}]: weighting = 'ae-kd' and space = 'batch' work on gradients of "
+               "whole batches, not of micro-batches: set micro_batch = 0")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1384,6 +1386,47 @@ def agre_weights(
     return torch.where(nil, 1, weights)
 
 
+def ae_kd_weights(student: Tensor, teachers: Tensor, tau: float, total: int,
+                  reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """AE-KD's weights [M]: min |sum_t alpha_t g_t|^2, sum alpha = 1, 0 <= alpha <= .6 (Du 2020).
+
+    g_t is the batch's mean gradient of l_t with respect to the logits, over all processes (student
+    [B, C], teachers [M, B, C], `total` and `reduce` as for batch_weights). As in the authors' code,
+    by a one-class SVM on the Gram matrix, nu = 1 / (.6 M); scaling the matrix to unit trace and
+    adding 1e-6 to its diagonal is ours: the solver else stops at its start once gradients shrink.
+    """
+    from sklearn.svm import OneClassSVM
+
+    gradients = reduce(tau * logit_gradients(student, teachers, tau).sum(1)) / total  # [M, C]
+    gram, count = (gradients @ gradients.T).cpu().numpy(), len(teachers)
+    if count * 0.6 <= 1 or not np.trace(gram) > 0:
+        return torch.full((count,), 1 / count, dtype=torch.float64, device=student.device)
+    gram = gram / np.trace(gram) + 1e-6 * np.eye(count)
+    svm = OneClassSVM(kernel="precomputed", nu=1 / (0.6 * count), tol=1e-12).fit(gram)
+    alpha = np.zeros(count)
+    alpha[svm.support_] = svm.dual_coef_[0]
+    return torch.from_numpy(alpha / alpha.sum()).to(student.device)
+
+
+def eb_kd_weights(teachers: Tensor) -> Tensor:
+    """EB-KD's weights (1 - H_t / sum H) / (M - 1) [M, B], H the entropy (Kwon 2020), of [M, B, C].
+
+    Without any entropy, and for a single teacher, all are alike."""
+    log_p = F.log_softmax(teachers.double().clamp(-LARGEST_LOGIT, LARGEST_LOGIT), -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    total = entropy.sum(0)
+    return torch.where((total > 0) & (len(teachers) > 1), 1 - entropy / total.clamp(min=1e-300), 1)
+
+
+def ca_mkd_weights(teachers: Tensor, labels: Tensor) -> Tensor:
+    """CA-MKD's weights (1 - softmax_t(CE_t)) / (M - 1) [M, B] (Zhang 2022), up to the constant.
+
+    teachers [M, B, C], labels [B]. A single teacher has weight 1."""
+    logits = teachers.double().clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+    losses = torch.stack([cross_entropy(each, labels) for each in logits])
+    return 1 - losses.softmax(0) if len(teachers) > 1 else torch.ones_like(losses)
+
+
 def teacher_shares(weights: Tensor, zero: str = "uniform", shrink: float = 0.0) -> Tensor:
     """Weights [M, B] as shares that sum to 1 over teachers; all 0 for a dropped sample."""
     weights = (1 - shrink) * weights + shrink
@@ -1504,6 +1547,13 @@ def distill_objective(settings: Distill, targets: Targets | None, seed: int) -> 
             chosen = int(hash_bits(seed, 1, batch.step)[0] % np.uint64(len(teachers)))
             weights = torch.zeros_like(weights)
             weights[chosen] = 1
+        elif settings.weighting == "ae-kd":
+            row = ae_kd_weights(logits, teachers, tau, batch.total, batch.runtime.sum)
+            weights = row[:, None].expand_as(weights)
+        elif settings.weighting == "eb-kd":
+            weights = eb_kd_weights(teachers)
+        elif settings.weighting == "ca-mkd":
+            weights = ca_mkd_weights(teachers, batch.labels)
         elif settings.weighting == "agre" and settings.space == "batch":
             parameters = [p for p in batch.model.parameters() if p.requires_grad]
             row = batch_weights(logits, teachers, biased, parameters, tau, settings.normalise,
@@ -1519,7 +1569,7 @@ def distill_objective(settings: Distill, targets: Targets | None, seed: int) -> 
         distilled = weighted_kd(logits, teachers, shares, tau, settings.combine)
         labelled = cross_entropy(logits, batch.labels)
         figures = {"cross_entropy": labelled, "distillation": distilled}
-        if settings.weighting == "agre":
+        if settings.weighting not in ("average", "random"):
             figures |= {"weight": weights, "zero_weight_share": (weights.sum(0) == 0).double()}
         if settings.alpha == 1:  # labels that are not used must not meet extreme logits
             return distilled, figures

@@ -166,6 +166,7 @@ def test_gce_is_trained_on_its_own_loss(images: Path, command: Grokd) -> None:
 @pytest.mark.parametrize("change", [
     ["--space", "batch"], ["--no-normalise"], ["--zero", "drop"],
     ["--combine", "logits"], ["--shrink", "0.5"], ["--weighting", "random"],
+    ["--weighting", "ae-kd"], ["--weighting", "eb-kd"], ["--weighting", "ca-mkd"],
     ["--weighting", "average"], ["--alpha", "0.5"], ["--dfr-share", "0.5"], ["--dfr-share", "0"],
     ["--num-teachers", "1"], ["--head", "dfr"], ["--optimizer", "adamw"], ["--select", "best"],
     ["--num-views", "1"], ["--warmup-epochs", "1"], ["--micro-batch", "3"], ["--tau", "1"],

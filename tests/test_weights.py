@@ -1,9 +1,12 @@
 """AGRE weights and the distillation loss, against autograd and slow formulas."""
 
+import math
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given, settings
 from torch import Tensor
@@ -309,3 +312,64 @@ def test_gce_equals_its_formula_and_amplifies_confident_samples() -> None:
     ours = torch.autograd.grad(grokd.gce(logits, labels, 0.7).sum(), logits)[0][:, 0]
     plain = torch.autograd.grad(grokd.cross_entropy(logits, labels).sum(), logits)[0][:, 0]
     assert torch.allclose(ours, plain * p.detach() ** 0.7)
+
+
+# Ensemble baselines
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("count", [2, 5, 10])
+@pytest.mark.parametrize("scale", [1.0, 1e-8])
+def test_ae_kd_solves_its_quadratic_programme(classes: int, count: int, scale: float) -> None:
+    torch.manual_seed(classes + count)
+    student = torch.randn(16, classes).double()
+    teachers = student + scale * (torch.randn(count, 1, classes) + torch.randn(count, 16, classes))
+    alpha = grokd.ae_kd_weights(student, teachers, TAU, 16, lambda g: g).numpy()
+    assert alpha.sum() == pytest.approx(1, abs=1e-6)
+    assert alpha.min() >= 0
+    assert alpha.max() <= 0.6 + 1e-6
+    gradients = np.stack([
+        TAU * ((student / TAU).softmax(-1) - (each / TAU).softmax(-1)).mean(0) for each in teachers
+    ])
+    gram = gradients @ gradients.T
+    gram = gram / np.trace(gram) + 1e-6 * np.eye(count)
+    best = scipy.optimize.minimize(
+        lambda a: a @ gram @ a, np.full(count, 1 / count), jac=lambda a: 2 * gram @ a,
+        bounds=[(0, 0.6)] * count, constraints={"type": "eq", "fun": lambda a: a.sum() - 1},
+        method="SLSQP", options={"ftol": 1e-15, "maxiter": 1000},
+    )
+    assert alpha @ gram @ alpha <= best.fun + 1e-6
+    if classes == 10 and count < 10:
+        assert np.abs(alpha - best.x).max() < 1e-4
+        assert alpha.max() - alpha.min() > 0.05  # it is not simply uniform
+
+
+def test_ae_kd_of_one_teacher_or_without_gradients_is_uniform() -> None:
+    student = torch.randn(4, 3)
+    assert grokd.ae_kd_weights(student, student[None] + 1, TAU, 4, lambda g: g).tolist() == [1.0]
+    same = student.expand(5, 4, 3)
+    assert grokd.ae_kd_weights(student, same, TAU, 4, lambda g: g).tolist() == [0.2] * 5
+
+
+def test_entropy_and_label_weights_equal_slow_formulas() -> None:
+    torch.manual_seed(0)
+    teachers, labels = 3 * torch.randn(4, 5, 3).double(), torch.tensor([0, 1, 2, 0, 1])
+    by_entropy = grokd.teacher_shares(grokd.eb_kd_weights(teachers))
+    by_label = grokd.teacher_shares(grokd.ca_mkd_weights(teachers, labels))
+    for i in range(5):
+        p = [teachers[t, i].softmax(-1) for t in range(4)]
+        entropy = [-float((q * q.log()).sum()) for q in p]
+        expected = [(1 - h / sum(entropy)) / 3 for h in entropy]
+        assert by_entropy[:, i].tolist() == pytest.approx(expected)
+        losses = [-math.log(q[labels[i]]) for q in p]
+        softmax = [math.exp(x) / sum(map(math.exp, losses)) for x in losses]
+        assert by_label[:, i].tolist() == pytest.approx([(1 - s) / 3 for s in softmax])
+
+
+def test_baselines_of_one_teacher_are_that_teacher() -> None:
+    one, labels = torch.randn(1, 5, 3), torch.zeros(5, dtype=torch.long)
+    certain = torch.tensor([1e30, 0, 0]).expand(3, 5, 3)
+    assert (grokd.eb_kd_weights(one) == 1).all()
+    assert (grokd.ca_mkd_weights(one, labels) == 1).all()
+    assert (grokd.eb_kd_weights(certain) == 1).all()  # no entropy at all
+    assert torch.isfinite(grokd.ca_mkd_weights(certain, labels + 1)).all()
