@@ -28,6 +28,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import io
@@ -1852,7 +1853,8 @@ class Context:
         settings["weights"] = identify(settings["weights"])
         file, precision = self.out / path, self.runtime.precision
         if path.split("/")[0] not in self.makes and file.is_file():
-            precision = json.loads(read_metadata(file)["settings"]).get("precision", precision)
+            made = json.loads(read_metadata(file).get("settings", "{}"))
+            precision = made.get("precision", precision)
         return Artefact(file, settings | self.data_settings() | {"precision": precision})
 
     def teacher(self, i: int) -> tuple[Artefact, Artefact]:
@@ -1934,6 +1936,7 @@ def relevant(student: Distill) -> dict[str, Any]:
     return {k: v for k, v in flatten(student).items() if k not in unused}
 
 
+@functools.cache
 def identify(weights: str) -> str:
     """Initial weights by content if they are a file, else by name."""
     path = Path(weights)
@@ -2358,10 +2361,11 @@ def find_models(ctx: Context) -> tuple[list[Found], list[str]]:
     expected.append(("biased model", ctx.bias()))
     now = ctx.data_settings() | {f"parent {ctx.label(a)}": a.fingerprint for _, a in expected}
     seeds = {name: set(ctx.recipe.seeds) for name in ctx.recipe.students}
-    for path in sorted((ctx.out / "students").glob("*/seed*/model.safetensors")):
-        seeds.setdefault(path.parent.parent.name, set()).add(int(path.parent.name[4:]))
-    for name, members in seeds.items():
-        for seed in sorted(members):
+    for path in (ctx.out / "students").glob("*/seed*/model.safetensors"):
+        if (number := path.parent.name.removeprefix("seed")).isdecimal():
+            seeds.setdefault(path.parent.parent.name, set()).add(int(number))
+    for name in [*ctx.recipe.students, *sorted(seeds.keys() - ctx.recipe.students.keys())]:
+        for seed in sorted(seeds[name]):
             if name in ctx.recipe.students:
                 expected.append((name, ctx.student(name, seed)))
             else:
