@@ -297,6 +297,17 @@ def test_stages_may_differ_in_precision(copy: Path, command: Grokd) -> None:
     assert len(results(copy)["agre"]) == 2
 
 
+def test_bfloat16_trains_students_of_float32_teachers(copy: Path, grokd_process: Run) -> None:
+    before = weights(copy, "students/agre/seed0/model")
+    flags = ["--precision", "bfloat16", "--student", "agre", "--seeds", "0", "--redo"]
+    grokd_process("distill", "tiny.py", *flags, cwd=copy)
+    after = weights(copy, "students/agre/seed0/model")
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert after["fc.weight"].dtype == torch.float32
+    assert not same(before, after)
+    assert all(torch.allclose(before[k], after[k], atol=0.05) for k in before)
+
+
 def test_other_folder_keeps_both(copy: Path, command: Grokd) -> None:
     before = weights(copy, "teachers/0/erm")
     command(copy, "teachers", "--lr", "0.002", "--out", "runs/other")
