@@ -196,6 +196,8 @@ class Train:
     num_views: Natural = 0
     # Draws the augmentations. Seeds share it, so that frozen teachers can be asked only once.
     view_seed: Natural = 0
+    # Compile the network (torch.compile). It takes a while at the start: for long trainings.
+    compile: bool = False
     # Keep the last weights, or those best by worst-group accuracy on the selection part.
     select: Literal["last", "best"] = "last"
     # Save a checkpoint at least this often; every epoch ends with one too.
@@ -2032,6 +2034,7 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
         if device.type == "cuda":
             model = typing.cast(Classifier, nn.SyncBatchNorm.convert_sync_batchnorm(model))
         network = runtime.accelerator.prepare_model(model)
+    network = typing.cast(nn.Module, torch.compile(network)) if train.compile else network
     optimizer = build_optimizer(model, train, runtime)
     # Losses are kept in full for any number of epochs: 4 bytes per image and epoch.
     run = Progress(torch.zeros(num_epochs, len(indices)), torch.zeros(len(indices)))

@@ -308,6 +308,14 @@ def test_bfloat16_trains_students_of_float32_teachers(copy: Path, grokd_process:
     assert all(torch.allclose(before[k], after[k], atol=0.05) for k in before)
 
 
+@pytest.mark.slow
+def test_compiled_training_is_the_same_up_to_rounding(copy: Path, command: Grokd) -> None:
+    command(copy, "distill", "--student", "agre", "--seeds", "0", "--compile")
+    eager = weights(copy, "students/agre/seed0/model")
+    compiled = weights(copy, "students/agre+compile=True/seed0/model")
+    assert all(torch.allclose(eager[k], compiled[k], atol=1e-3) for k in eager)
+
+
 def test_other_folder_keeps_both(copy: Path, command: Grokd) -> None:
     before = weights(copy, "teachers/0/erm")
     command(copy, "teachers", "--lr", "0.002", "--out", "runs/other")
