@@ -568,6 +568,12 @@ class Runtime:
     def world(self) -> int:
         return self.accelerator.num_processes if self.shared else 1
 
+    @property
+    def on_node(self) -> tuple[int, int]:
+        """Place among the processes of this node that share one training, and their number."""
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        return (self.accelerator.local_process_index, count) if self.world > 1 else (0, 1)
+
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return self.accelerator.autocast()
 
@@ -1047,19 +1053,14 @@ class Classifier(nn.Module):
         )
         if not fits and any_head:
             state |= {k: own[k] for k in own if k.startswith(layers) and k in state}
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
-        if missing or unknown or shapes:
-            told = [
-                f"{what}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" * (len(keys) > 3))
-                for what, keys in (("missing", missing), ("unknown", unknown), ("shape", shapes))
-                if keys
-            ]
-            raise Problem(f"{source} does not fit {self.arch} ({'; '.join(told)}).")
-        nested = {f"trunk.{k}": v for k, v in state.items()}
-        for name in ("weight", "bias"):
-            nested[f"head.{name}"] = nested.pop(f"trunk.{self.head_name}.{name}")
-        self.load_state_dict(nested)
+        head = f"{self.head_name}."
+        nested = {f"head.{k.removeprefix(head)}" if k.startswith(head) else f"trunk.{k}": v
+                  for k, v in state.items()}
+        try:
+            self.load_state_dict(nested)
+        except RuntimeError as error:
+            told = " ".join(str(error).split()).partition(": ")[2]
+            raise Problem(f"{source} does not fit {self.arch}: {told[:200]} ...") from error
         return fits
 
 
@@ -1193,14 +1194,14 @@ def trunk_key(model: Classifier) -> str:
 
 def encode(
     trunks: Mapping[str, Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
-    view: int | None = None, seed: int = 0, blocks: Sequence[int] | None = None,
+    view: int | None = None, seed: int = 0, own: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
     """The one prediction loop: features [b, d] of every trunk, by blocks of consecutive images.
 
-    Blocks (all, or those named) are the same for any number of processes; each yields its own.
+    Blocks are the same for any number of processes; each yields its share, or those it names.
     """
-    blocks = range(math.ceil(len(indices) / BLOCK)) if blocks is None else blocks
-    own = blocks[runtime.rank :: runtime.world]
+    if own is None:
+        own = range(math.ceil(len(indices) / BLOCK))[runtime.rank :: runtime.world]
     for block in progress(own, "predict") if len(own) > 20 else own:
         part = slice(block * BLOCK, min((block + 1) * BLOCK, len(indices)))
         images = store.view(indices[part], runtime.device, view, seed)
@@ -1285,9 +1286,10 @@ class Targets:
             self.runtime.wait()  # all have looked before any writes
             needed = sorted({m for absent in missing.values() for m in absent})
             trunks = {self.trunk_keys[m]: self.models[m] for m in needed}
+            rank, count = self.runtime.on_node  # every node has a cache of its own
             with self.runtime.autocast():
                 for block, part, features in encode(trunks, self.store, self.indices, self.runtime,
-                                                    view, self.seed, sorted(missing)):
+                                                    view, self.seed, sorted(missing)[rank::count]):
                     for m in missing[block]:
                         values = self.models[m].classify(features[self.trunk_keys[m]])
                         files[m][1][part] = values.cpu().numpy()
