@@ -2221,13 +2221,14 @@ def making(artefacts: Sequence[Artefact], runtime: Runtime) -> Iterator[None]:
 
 
 def train_and_save(section: Teachers | BiasModel | Distill, arch: str, weights: str,
-                   objective: Objective, targets: Mapping[Artefact, DFR | None], ctx: Context,
-                   runtime: Runtime, seed: int, stop_after: int | None = None) -> None:
+                   objective: Objective, artefact: Artefact,
+                   targets: Mapping[Artefact, DFR | None], ctx: Context, runtime: Runtime,
+                   seed: int, stop_after: int | None = None) -> None:
     """Build and fit a network, then write it to each of `targets`, under its own or a DFR head.
 
-    The first target also holds the checkpoints while the network is trained.
+    `artefact` holds the checkpoints until all are written.
     """
-    train, store, artefact = section.train, ctx.store, next(iter(targets))
+    train, store = section.train, ctx.store
     model = build_model(arch, weights, store.num_classes, section.input, seed)
     if runtime.rank == 0:
         count = sum(p.numel() for p in model.parameters())
@@ -2263,8 +2264,8 @@ def run_teachers(ctx: Context) -> None:
         seed = section.seed + i
         with making([erm], runtime):
             if not ctx.finished(erm):
-                train_and_save(section, *section.network(i), erm_objective(), {erm: None}, ctx,
-                               runtime, seed)
+                train_and_save(section, *section.network(i), erm_objective(), erm, {erm: None},
+                               ctx, runtime, seed)
             if not ctx.finished(dfr):
                 model = load_model(erm.path, runtime.device)
                 refit_head(model, store, section.dfr, section.train, seed, runtime)
@@ -2301,8 +2302,8 @@ def run_bias_model(ctx: Context) -> None:
                 continue
             objective = gce_objective(section.q) if section.kind == "gce" else erm_objective()
             stop_after = section.stop_after if section.kind == "early-stopped" else None
-            train_and_save(section, section.arch, section.weights, objective, {artefact: None}, ctx,
-                           runtime, section.seed, stop_after)
+            train_and_save(section, section.arch, section.weights, objective, artefact,
+                           {artefact: None}, ctx, runtime, section.seed, stop_after)
     ctx.runtime.accelerator.wait_for_everyone()
 
 
@@ -2324,11 +2325,11 @@ def run_distill(ctx: Context) -> None:
             targets = {a: s.dfr if s.head == "dfr" else None for a, s in students.items()
                        if not ctx.finished(a)}
             if targets:
-                student = students[next(iter(targets))]
+                first, student = next(iter(students.items()))
                 teachers = load_targets(ctx, student, runtime, frozen)
                 train_and_save(student, student.arch, student.weights,
-                               distill_objective(student, teachers, seed), targets, ctx, runtime,
-                               seed)
+                               distill_objective(student, teachers, seed), first, targets, ctx,
+                               runtime, seed)
     ctx.runtime.accelerator.wait_for_everyone()
 
 

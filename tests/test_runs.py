@@ -418,6 +418,28 @@ def test_checkpoint_of_other_settings_is_refused(images: Path, command: Grokd) -
     assert "goes on" not in command(images, "teachers", "--redo")
 
 
+def test_kill_between_two_heads_of_a_network_does_not_train_it_again(
+    copy: Path, command: Grokd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = weights(copy, "students/one-hot-dfr/seed0/model")
+    for name in ("one-hot", "one-hot-dfr"):
+        (copy / "runs" / "tiny" / "students" / name / "seed0" / "model.safetensors").unlink()
+    save_model = grokd.save_model
+
+    def killed(model: grokd.Classifier, artefact: grokd.Artefact, *more: object) -> None:
+        if "one-hot-dfr" in str(artefact.path):
+            raise KeyboardInterrupt
+        save_model(model, artefact, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(grokd, "save_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command(copy, "distill")
+    monkeypatch.setattr(grokd, "save_model", save_model)
+    assert "students/one-hot/seed0/model: goes on at step 4 of 4" in command(copy, "distill")
+    assert same(before, weights(copy, "students/one-hot-dfr/seed0/model"))
+    assert not list((copy / "runs").rglob("checkpoints"))
+
+
 def test_resume_without_a_checkpoint_is_refused(images: Path, command: Grokd) -> None:
     with pytest.raises(Problem, match=r"--resume: .*checkpoints holds no checkpoint"):
         command(images, "teachers", "--resume")
