@@ -133,6 +133,9 @@ class Data:
     # Names of the classes; if the table's column holds names, these give them their order.
     class_names: tuple[str, ...] = ()
     attribute_names: tuple[str, ...] = ()  # Names of the attribute's values, likewise.
+    # What is scored: every pair of class and attribute, or two groups, aligned (the attribute
+    # bears the class's number, as a digit its own colour) and conflicting.
+    groups: Literal["pairs", "aligned"] = "pairs"
     # Side in pixels of the square that each image is stored as. About 1.14 times `crop`.
     size: Count = 256
     # squash: resize to size x size (Waterbirds' evaluation). shorter_side: resize the shorter
@@ -196,6 +199,9 @@ class Train:
     num_views: Natural = 0
     # Draws the augmentations. Seeds share it, so that frozen teachers can be asked only once.
     view_seed: Natural = 0
+    # Train on mixed images: cutmix pastes a box of another one (Yun 2019), mixup blends two (Zhang
+    # 2018, Beta(.2, .2)). Teachers are asked about the mixture, so their answers are not cached.
+    mix: Literal["none", "cutmix", "mixup"] = "none"
     # Compile the network (torch.compile). It takes a while at the start: for long trainings.
     compile: bool = False
     # Keep the last weights, or those best by worst-group accuracy on the selection part.
@@ -281,6 +287,25 @@ class Distill:
     # Weighted mean of losses (for this loss: of softened probabilities), or loss to the weighted
     # mean of logits.
     combine: Literal["losses", "logits"] = "losses"
+    # Weight of feature distillation, for each of `layers`; 0 costs nothing. Try .25 to 1 on pooled,
+    # less on layers; around 1000 for attention, .8 for contrastive.
+    gamma: tuple[NotNegative, ...] = (0.0,)
+    # Layers compared: layer1 ... layer4 (last output at stride 4, 8, 16, 32; small networks' own
+    # stages), pooled, or paths of modules; STUDENT=TEACHER where the two differ.
+    layers: tuple[str, ...] = ("pooled",)
+    # Distance of features: squared, through a linear adapter (a middle layer: FitNets); between
+    # attention maps (Zagoruyko 2017); or InfoNCE of 128-d projections within the batch.
+    feature_loss: Literal["mse", "attention", "contrastive"] = "mse"
+    # mse: teachers count alike, by departure from the biased model, or samples by the teachers'
+    # disagreement, or dimensions by their agreement.
+    feature_weights: Literal["uniform", "agre", "disagree", "agree"] = "uniform"
+    # agre: compare gradients with respect to the student's feature, or to the adapted one. auto:
+    # adapted where teachers share an adapter.
+    feature_space: Literal["auto", "student", "adapted"] = "auto"
+    # One adapter a layer, or one for each teacher. auto: shared between teachers of equal widths
+    # that began with the same pretrained weights, whose channels correspond.
+    adapters: Literal["auto", "shared", "per-teacher"] = "auto"
+    feature_dropout: Annotated[float, Range(0, 0.99)] = 0.0  # mse: channels left out, both sides.
     # Head of the finished student: its own, or one refitted by DFR as the teachers' are.
     head: Literal["own", "dfr"] = "own"
     num_teachers: Natural = 0  # Teachers used, the first ones; 0: all.
@@ -414,9 +439,21 @@ def check_recipe(recipe: Recipe, name: str) -> None:
                f"{teachers.num_teachers} teachers")
         whole = (student.weighting, student.space) == ("agre", "batch")
         whole = whole or student.weighting == "ae-kd"
+        plain, kind = student.feature_loss == "mse", student.feature_weights
+        if student.weighting != "one-hot" and any(student.gamma):
+            whole = whole or kind == "disagree" or student.feature_loss == "contrastive"
+            refuse(len(student.gamma) != len(student.layers),
+                   f"students[{key!r}] has {len(student.layers)} layers and {len(student.gamma)} "
+                   "values of gamma: give one for each layer")
+            refuse(not plain and (kind != "uniform" or student.feature_dropout > 0),
+                   f"students[{key!r}]: feature_weights and feature_dropout belong to "
+                   "feature_loss = 'mse'")
+            refuse(kind in ("agree", "disagree") and
+                   (student.num_teachers or teachers.num_teachers) < 2,
+                   f"students[{key!r}].feature_weights = {kind!r} needs at least 2 teachers")
         refuse(whole and 0 < student.train.micro_batch < student.train.batch_size,
-               f"students[{key!r}]: weighting = 'ae-kd' and space = 'batch' work on gradients of "
-               "whole batches, not of micro-batches: set micro_batch = 0")
+               f"students[{key!r}]: ae-kd, space = 'batch', disagree and contrastive work on whole "
+               "batches, not on micro-batches: set micro_batch = 0")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -697,6 +734,9 @@ class Store:
 
     def __post_init__(self) -> None:
         names, attributes = self.data.class_names, self.data.attribute_names
+        if self.data.groups == "aligned":
+            attributes = ("aligned", "conflicting")
+            self.attributes = (self.attributes != self.labels).astype(np.int64)
         self.num_classes = max(int(self.labels.max()) + 1, len(names))
         self.num_attributes = max(int(self.attributes.max()) + 1, len(attributes))
         self.class_names = names or tuple(f"class {y}" for y in range(self.num_classes))
@@ -705,17 +745,20 @@ class Store:
                                     ("attribute_names", attributes, self.num_attributes)):
             if len(given) != needed:
                 raise Problem(f"Data.{kind} has {len(given)} names, but the data have {needed}.")
-        self.groups = self.labels * self.num_attributes + self.attributes
-        self.num_groups = self.num_classes * self.num_attributes
-        self.group_names = [f"{y}, {a}" if self.num_attributes > 1 else y
-                            for y in self.class_names
-                            for a in attributes]
+        # Heads are refitted on balanced cells; groups, what is scored, may be fewer.
+        self.cells = self.labels * self.num_attributes + self.attributes
+        self.cell_names = [f"{y}, {a}" if self.num_attributes > 1 else y
+                           for y in self.class_names
+                           for a in attributes]
+        aligned = self.data.groups == "aligned"
+        self.groups = self.attributes if aligned else self.cells
+        self.group_names = list(attributes) if aligned else self.cell_names
         self.parts = {name: np.flatnonzero(self.splits == i) for i, name in enumerate(SPLITS)}
         val, refit = self.parts["val"], []
-        for g in range(self.num_groups):
-            members = val[self.groups[val] == g]
+        for cell in range(len(self.cell_names)):
+            members = val[self.cells[val] == cell]
             share = math.ceil(self.data.reweighting * len(members))
-            refit.append(members[permutation(len(members), g)][:share])
+            refit.append(members[permutation(len(members), cell)][:share])
         self.parts["reweighting"] = np.sort(np.concatenate(refit))
         self.parts["selection"] = np.setdiff1d(val, self.parts["reweighting"])
         # Without attributes, refitting a head balances classes only.
@@ -734,7 +777,7 @@ class Store:
 
     def counts(self, name: str) -> np.ndarray:
         """Images per group of a split: int64 [G]."""
-        return np.bincount(self.groups[self.split(name)], minlength=self.num_groups)
+        return np.bincount(self.groups[self.split(name)], minlength=len(self.group_names))
 
     def raw(self, indices: np.ndarray) -> np.ndarray:
         """Stored images, uint8 [B, 3, S, S]. Checksums are verified when first read."""
@@ -849,8 +892,8 @@ def open_store(data: Data, root: str) -> Store:
     present = np.bincount(labels[store.split("train")], minlength=store.num_classes)
     if absent := [n for n, c in zip(store.class_names, present, strict=True) if not c]:
         raise Problem(f"No training image of {', '.join(absent)}: each class needs some.")
-    counts = store.counts("reweighting")
-    if absent := [n for n, c in zip(store.group_names, counts, strict=True) if not c]:
+    cells = set(store.cells[store.split("reweighting")].tolist())
+    if absent := [name for cell, name in enumerate(store.cell_names) if cell not in cells]:
         raise Problem(f"No image of group {'; '.join(absent)} in the part of validation that "
                       "refits heads: add some, or set attribute_column = '' to balance classes "
                       "only.")
@@ -1036,9 +1079,15 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.features(images))
 
+    def own_parameters(self) -> dict[str, Tensor]:
+        """Parameters that are trained, without the adapters of feature distillation."""
+        return {k: v for k, v in self.named_parameters()
+                if v.requires_grad and not k.startswith("adapters.")}
+
     def plain_state(self) -> dict[str, Tensor]:
         """State dict with the keys of the plain network, on the CPU."""
-        state = {k.removeprefix("trunk."): v for k, v in self.state_dict().items()}
+        state = {k.removeprefix("trunk."): v for k, v in self.state_dict().items()
+                 if not k.startswith("adapters.")}
         for name in ("weight", "bias"):
             state[f"{self.head_name}.{name}"] = state.pop(f"head.{name}")
         return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
@@ -1192,6 +1241,84 @@ def trunk_key(model: Classifier) -> str:
     return digest(told, *(v.cpu().numpy().tobytes() for v in state.values()))
 
 
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+def layer_paths(model: Classifier, side: int) -> dict[str, str]:
+    """Paths of the modules that put out layer1, layer2 ... and pooled, for images of side `side`.
+
+    Stages of that name if the network has them; of a vision transformer the blocks at 1/4, 1/2, 3/4
+    and all of its depth; else the last outputs of blocks at stride 4, 8, 16, 32, found by a pass.
+    """
+    trunk, paths = model.trunk, dict[str, str]()
+    blocks = getattr(getattr(trunk, "encoder", None), "layers", None)
+    if isinstance(blocks, nn.Module):
+        names = [f"trunk.encoder.layers.{name}" for name, _ in blocks.named_children()]
+        paths = {n: names[math.ceil(len(names) * k / 4) - 1] for k, n in enumerate(LAYERS, 1)}
+    elif hasattr(trunk, "layer1"):
+        paths = {n: f"trunk.{n}" for n, _ in trunk.named_children() if re.fullmatch(r"layer\d", n)}
+    else:
+        def note(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4:
+                name = f"layer{round(math.log2(side / as_map(output).shape[-1])) - 1}"
+                # The shallowest: a block's output, not the expansion inside the next block.
+                if name in LAYERS and path.count(".") <= paths.get(name, path).count("."):
+                    paths[name] = path
+
+        hooks = [module.register_forward_hook(functools.partial(note, path))
+                 for path, module in model.named_modules() if path.startswith("trunk.")]
+        look(model, side)
+        for hook in hooks:
+            hook.remove()
+    return dict(sorted(paths.items())) | {"pooled": "trunk"}
+
+
+def look(model: Classifier, side: int) -> None:
+    """Let one black image go by, for the hooks."""
+    mode = model.training
+    with torch.no_grad():
+        model.eval().features(torch.zeros(1, 3, side, side, device=model.mean.device))
+    model.train(mode)
+
+
+def as_map(output: Any) -> Tensor:
+    """A layer's output as [B, d, h, w]: transformers' tokens as a grid, vectors as 1 x 1."""
+    output = output if isinstance(output, Tensor) else output.logits  # GoogLeNet, Inception
+    if output.ndim == 3:  # [B, tokens, d], the class token first
+        side = math.isqrt(output.shape[1])
+        output = output[:, -side * side :].mT.unflatten(-1, (side, side))
+    elif output.ndim == 4 and output.shape[2] != output.shape[3]:  # channels last, as Swin's
+        output = output.permute(0, 3, 1, 2)
+    return output if output.ndim == 4 else output[:, :, None, None]
+
+
+class Tap:
+    """Outputs of layers, kept as a forward pass goes by: name -> [B, d, h, w], pooled [B, d, 1, 1].
+
+    Names are those of `layer_paths` or paths of modules in the trunk. Raises Problem for others.
+    """
+
+    def __init__(self, model: Classifier, names: Sequence[str], side: int,
+                 required: bool = True) -> None:
+        self.maps: dict[str, Tensor] = {}
+        known, modules = layer_paths(model, side), dict(model.named_modules())
+        for name in names:
+            path = known.get(name, f"trunk.{name}")
+            if path not in modules:
+                if not required:
+                    say(f"The biased model ({model.arch}) has no layer {name}: there teachers "
+                        "count alike.")
+                    continue
+                raise Problem(f"{model.arch} has no layer {name!r}: it has {', '.join(known)}, and "
+                              "every module's path is one too.")
+            modules[path].register_forward_hook(functools.partial(self._keep, name))
+        look(model, side)
+        self.widths = {name: output.shape[1] for name, output in self.maps.items()}
+
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.maps[name] = as_map(output)
+
+
 def encode(
     trunks: Mapping[str, Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
     view: int | None = None, seed: int = 0, own: Sequence[int] | None = None,
@@ -1238,38 +1365,43 @@ class Targets:
     A file per model and view: CRC-32 of each block, then float32 (or float64) [N, C]. Its name is
     a function of trunk, head, images, cropping, view seed and precision, its content besides of
     the block alone, so it does not matter which student asked first, or whether one was killed. A
-    block that is missing or damaged is computed, from features in full precision.
+    block that is missing or damaged is computed, from features in full precision. With `pooled`
+    also the features, float16 [N, d], a file per trunk and view.
     """
 
     def __init__(self, models: Sequence[Classifier], num_teachers: int, store: Store,
-                 settings: Mapping[str, Any], runtime: Runtime, seed: int) -> None:
+                 settings: Mapping[str, Any], runtime: Runtime, seed: int,
+                 pooled: bool = False) -> None:
         self.num_teachers, self.store, self.runtime, self.seed = num_teachers, store, runtime, seed
         self.indices = store.split("train")
         self.trunk_keys = [trunk_key(model) for model in models]
         self.models = [fold(model) for model in models]
         self.folder = Path(store.data.store) / "targets"
         dtype = np.float64 if runtime.dtype == torch.float64 else np.float32
-        self.block = np.dtype((dtype, models[0].num_classes))
-        self.names = []
-        for model, trunk in zip(models, self.trunk_keys, strict=True):
+        told = {**settings, "seed": seed, "precision": runtime.precision}
+        self.files: list[tuple[int, str, np.dtype]] = []  # model, name, row; logits of all first
+        for m, (model, trunk) in enumerate(zip(models, self.trunk_keys, strict=True)):
             head = [v.cpu().numpy().tobytes() for v in model.head.state_dict().values()]
-            told = {**settings, "seed": seed, "precision": runtime.precision}
-            self.names.append(digest(trunk, told, *head))
-        self.current: list[np.ndarray] = []  # [N, C] of each model
+            row = np.dtype((dtype, model.num_classes))
+            self.files.append((m, digest(trunk, told, *head), row))
+        for trunk in dict.fromkeys(self.trunk_keys if pooled else []):
+            m = self.trunk_keys.index(trunk)
+            row = np.dtype((np.float16, models[m].head.in_features))
+            self.files.append((m, digest(trunk, told, "pooled"), row))
+        self.current: list[np.ndarray] = []  # [N, C] of each model, then [N, d] of each trunk
 
-    def _open(self, name: str, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Checksums [blocks] and logits [N, C] of a file, made if need be."""
+    def _open(self, name: str, row: np.dtype, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """Checksums [blocks] and rows [N, ...] of a file, made if need be."""
         path, rows = self.folder / f"{name}-{view}", len(self.indices)
         num_blocks = math.ceil(rows / BLOCK)
         try:
             with open(path, "ab") as file:  # a full disk is found here: a map could only crash
-                os.posix_fallocate(file.fileno(), 0, target_bytes(rows, self.block.itemsize))
+                os.posix_fallocate(file.fileno(), 0, target_bytes(rows, row.itemsize))
         except OSError as error:
             raise Problem(f"{path} could not be written ({error.strerror}): make room, or name "
                           "another disk as Data.store.") from error
         sums = np.memmap(path, np.uint32, "r+", shape=(num_blocks,))
-        return sums, np.memmap(path, self.block.base, "r+", 4 * num_blocks,
-                               (rows, *self.block.shape))
+        return sums, np.memmap(path, row.base, "r+", 4 * num_blocks, (rows, *row.shape))
 
     def prepare(self, view: int) -> None:
         """Make the logits of `view` current, computing what the cache does not hold."""
@@ -1277,27 +1409,32 @@ class Targets:
         lock = locked(self.folder / "lock", wait=True)
         with lock if self.runtime.rank == 0 else contextlib.nullcontext():
             self.runtime.wait()
-            files = [self._open(name, view) for name in self.names]
-            missing: dict[int, list[int]] = {}  # block -> models
-            for m, (sums, logits) in enumerate(files):
+            files = [self._open(name, row, view) for _, name, row in self.files]
+            missing: dict[int, list[int]] = {}  # block -> files
+            for i, (sums, rows) in enumerate(files):
                 for block, known in enumerate(sums):
-                    if zlib.crc32(logits[block * BLOCK :][:BLOCK].tobytes()) != known:
-                        missing.setdefault(block, []).append(m)
+                    if zlib.crc32(rows[block * BLOCK :][:BLOCK].tobytes()) != known:
+                        missing.setdefault(block, []).append(i)
             self.runtime.wait()  # all have looked before any writes
-            needed = sorted({m for absent in missing.values() for m in absent})
+            needed = sorted({self.files[i][0] for absent in missing.values() for i in absent})
             trunks = {self.trunk_keys[m]: self.models[m] for m in needed}
             rank, count = self.runtime.on_node  # every node has a cache of its own
             with self.runtime.autocast():
                 for block, part, features in encode(trunks, self.store, self.indices, self.runtime,
                                                     view, self.seed, sorted(missing)[rank::count]):
-                    for m in missing[block]:
-                        values = self.models[m].classify(features[self.trunk_keys[m]])
-                        files[m][1][part] = values.cpu().numpy()
-                        files[m][0][block] = zlib.crc32(files[m][1][part].tobytes())
+                    for i in missing[block]:
+                        m, (sums, rows) = self.files[i][0], files[i]
+                        values = features[self.trunk_keys[m]]
+                        if i < len(self.models):
+                            values = self.models[m].classify(values)
+                        else:  # within what float16 can hold
+                            values = values.float().clamp(-65504, 65504)
+                        rows[part] = values.cpu().numpy()
+                        sums[block] = zlib.crc32(rows[part].tobytes())
             self.runtime.wait()
-            self.current = [logits for _, logits in files]
+            self.current = [rows for _, rows in files]
             if missing and self.runtime.rank == 0:
-                self._shrink({f"{name}-{view}" for name in self.names})
+                self._shrink({f"{name}-{view}" for _, name, _ in self.files})
 
     def _shrink(self, keep: set[str]) -> None:
         """Delete the oldest files until the cache fits, but for those in use."""
@@ -1313,8 +1450,23 @@ class Targets:
 
     def logits(self, positions: np.ndarray) -> Tensor:
         """Logits [M, b, C] of places in the training set, on the device."""
-        chosen = np.stack([logits[positions] for logits in self.current])
+        chosen = np.stack([logits[positions] for logits in self.current[: len(self.models)]])
         return torch.from_numpy(chosen).to(self.runtime.device, non_blocking=True)
+
+    def ask(self, images: Tensor) -> Tensor:
+        """Logits [M, b, C] of images that no cache can hold."""
+        with torch.no_grad():
+            trunks = dict(zip(self.trunk_keys, self.models, strict=True))
+            features = {key: model.features(images) for key, model in trunks.items()}
+            return torch.stack([model.classify(features[key]) for model, key
+                                in zip(self.models, self.trunk_keys, strict=True)])
+
+    def pooled(self, positions: np.ndarray) -> list[Tensor]:
+        """Features [b, d, 1, 1] of each model for places in the training set."""
+        known = {self.trunk_keys[m]: rows for (m, _, _), rows
+                 in zip(self.files, self.current, strict=True)}  # a trunk's features come last
+        return [torch.from_numpy(known[key][positions].astype(np.float32))[:, :, None, None]
+                .to(self.runtime.device, non_blocking=True) for key in self.trunk_keys]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1327,7 +1479,7 @@ LARGEST_LOGIT = 1e15
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-sample cross-entropy [B] of logits [B, C] with labels [B]."""
+    """Per-sample cross-entropy [B] of logits [B, C] with labels [B], or shares of them [B, C]."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -1462,8 +1614,8 @@ def logit_gram(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     """
     was_training = model.training
     model.eval()
-    parameters = {k: v.detach() for k, v in model.named_parameters() if v.requires_grad}
-    rest = {k: v.detach() for k, v in model.named_parameters() if not v.requires_grad}
+    parameters = {k: v.detach() for k, v in model.own_parameters().items()}
+    rest = {k: v.detach() for k, v in model.named_parameters() if k not in parameters}
     rest |= dict(model.named_buffers())
 
     def logits(parameters: dict[str, Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
@@ -1512,7 +1664,7 @@ class Batch(NamedTuple):
     model: Classifier
     images: Tensor  # [b, 3, crop, crop] in 0..1
     logits: Tensor  # [b, C], with gradient
-    labels: Tensor  # [b]
+    labels: Tensor  # [b], or of mixed images [b, C]
     positions: np.ndarray  # [b], places in the training set
     total: int  # samples of the total batch
     step: int
@@ -1528,6 +1680,7 @@ class Objective:
 
     losses: Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
     prepare: Callable[[int], None] = lambda view: None
+    attach: Callable[[Classifier], None] = lambda model: None  # before the network is trained
 
 
 def erm_objective() -> Objective:
@@ -1538,15 +1691,211 @@ def gce_objective(q: float) -> Objective:
     return Objective(lambda batch: (gce(batch.logits, batch.labels, q), {}))
 
 
-def distill_objective(settings: Distill, targets: Targets | None, seed: int) -> Objective:
-    """(1 - alpha) CE + alpha wKD with the student's weighting of the teachers (METHODS 5)."""
+# --------------------------------------------------------------------------------------------------
+# Feature distillation
+# --------------------------------------------------------------------------------------------------
+
+
+class FeatureLoss:
+    """sum_l gamma_l L_l [b]: a student's layers against its teachers' (METHODS 6).
+
+    mse: mean((A f_s - f_T)^2), f_T the weighted mean of the teachers' features with a shared
+    adapter, else the weighted mean of each one's distance. A is a 1 x 1 convolution without bias.
+    Larger maps are averaged down to the smallest. pooled comes from the target cache, maps from
+    `networks`, one of each trunk, that run beside the student.
+    """
+
+    def __init__(self, settings: Distill, targets: Targets, networks: Mapping[str, Classifier],
+                 pretrained: bool, seed: int) -> None:
+        self.settings, self.targets, self.networks, self.seed = settings, targets, networks, seed
+        self.pretrained, self.side = pretrained, targets.store.data.crop
+        self.layers: list[tuple[str, str, str, float]] = []  # name, student's, teachers', gamma
+        for name, gamma in zip(settings.layers, settings.gamma, strict=True):
+            own, _, other = name.partition("=")
+            self.layers += [(name, own, other or own, gamma)] if gamma else []
+        others = [other for _, _, other, _ in self.layers]
+        self.online = [name for name in others if networks and
+                       (name != "pooled" or settings.train.mix != "none")]
+        needed = targets.trunk_keys[: targets.num_teachers]
+        self.taps = {key: Tap(network, self.online, self.side, key in needed)
+                     for key, network in networks.items()}
+
+    def attach(self, model: Classifier) -> None:
+        """Tap the student, and give it the adapters as parameters that are trained with it."""
+        settings, count = self.settings, self.targets.num_teachers
+        self.tap = Tap(model, [own for _, own, _, _ in self.layers], self.side)
+        torch.manual_seed(int(hash_bits(self.seed, 7)[0] >> np.uint64(1)))
+        model.adapters = nn.ModuleList()
+        self.shared: list[bool] = []
+        for name, own, other, _ in self.layers:
+            widths = [model.head.in_features for model in self.targets.models]
+            if other in self.online:
+                widths = [self.taps[k].widths.get(other, 0) for k in self.targets.trunk_keys]
+            teachers, equal = widths[:count], len(set(widths[:count])) == 1
+            shared = settings.adapters == "shared"
+            shared = shared or (settings.adapters == "auto" and equal and self.pretrained)
+            strict = shared or settings.feature_weights in ("agree", "disagree")
+            if settings.feature_weights == "agre" and settings.feature_space == "adapted":
+                strict, equal = True, len(set(widths)) == 1
+            if strict and not equal:
+                raise Problem(f"layer {name}: the networks have {', '.join(map(str, widths))} "
+                              "channels, where adapters = shared, feature_space = adapted and "
+                              "feature_weights agree and disagree need equally many.")
+            pairs = [(self.tap.widths[own], width) for width in teachers[: 1 if shared else None]]
+            if settings.feature_weights == "agre" and len(widths) > count and widths[-1]:
+                pairs += [(pairs[0][0], widths[-1])] * (not (shared and len(set(widths)) == 1))
+            if settings.feature_loss == "attention":
+                pairs = []
+                if "pooled" in (own, other):
+                    raise Problem("Attention transfer compares maps: pooled is none.")
+            elif settings.feature_loss == "contrastive":
+                pairs = [(width, 128) for width in (self.tap.widths[own], *teachers)]
+            convolutions = [nn.Conv2d(*pair, 1, bias=False) for pair in pairs]
+            model.adapters.append(nn.ModuleList(convolutions))
+            self.shared.append(shared)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses [b], after the student's forward pass, with figures to log."""
+        maps, figures, dtype = dict(self.tap.maps), dict[str, Tensor](), batch.logits.dtype
+        with torch.no_grad():
+            for network in self.networks.values():
+                network.features(batch.images)
+        pooled = []
+        if any(other not in self.online for _, _, other, _ in self.layers):
+            pooled = self.targets.pooled(batch.positions)
+        total = torch.zeros_like(batch.logits[:, 0])
+        with torch.autocast(batch.images.device.type, enabled=False):
+            for i, (name, own, other, gamma) in enumerate(self.layers):
+                found = pooled if other not in self.online else [
+                    self.taps[key].maps.get(other) for key in self.targets.trunk_keys]
+                known = [maps[own], *(f for f in found if f is not None)]
+                side = min(f.shape[-1] for f in known)
+                student, *features = (F.adaptive_avg_pool2d(f.to(dtype), side) for f in known)
+                teachers = features[: self.targets.num_teachers]
+                biased = features[len(teachers)] if len(features) > len(teachers) else None
+                loss, own_loss = self._distance(batch, i, student, teachers, biased)
+                figures[f"feature {name}"] = loss
+                total = total + gamma * loss + own_loss
+        return total, figures
+
+    def _distance(self, batch: Batch, i: int, student: Tensor, teachers: list[Tensor],
+                  biased: Tensor | None) -> tuple[Tensor, Tensor | float]:
+        """Loss [b] of layer i, and that of an adapter which the biased model has of its own."""
+        settings, adapters = self.settings, typing.cast(Any, batch.model.adapters)[i]
+        if settings.feature_loss == "attention":
+            q = attention(student)
+            return torch.stack([(q - attention(f)).square().mean(1) for f in teachers]).mean(0), 0.0
+        if settings.feature_loss == "contrastive":
+            s, *t = (F.normalize(adapter(F.adaptive_avg_pool2d(f, 1)).flatten(1), dim=1)
+                     for adapter, f in zip(adapters, [student, *teachers], strict=True))
+            return torch.stack([info_nce(s, *gather_rows(each, batch)) for each in t]).mean(0), 0.0
+        count = 1 if self.shared[i] else len(teachers)
+        adapted = [adapter(student) for adapter in adapters[:count]]
+        weights, own_loss = torch.ones(len(teachers), len(student)).to(student), 0.0
+        if settings.feature_weights == "agre" and biased is not None:
+            adapter_b = adapters[-1]
+            adapted_b = adapter_b(student.detach())
+            if len(adapters) > count:
+                own_loss = (adapted_b - biased).square().mean((1, 2, 3))
+            space = settings.feature_space
+            kept = None if space == "adapted" or (space == "auto" and len(adapters) == 1) else [
+                adapter.weight.detach() for adapter in (*adapters[:count], adapter_b)]
+            weights = feature_agre([f.detach() for f in adapted], teachers, adapted_b.detach(),
+                                   biased, kept)
+            keys = self.targets.trunk_keys
+            same = torch.tensor([key == keys[-1] for key in keys[: len(teachers)]])
+            weights[same.to(weights.device)] = 0  # b's own features, whatever the adapters
+        shares = teacher_shares(weights, settings.zero, settings.shrink)
+        elements = torch.ones(()).to(student)
+        if settings.feature_weights == "agree":
+            elements = agreement(torch.stack(teachers))
+        elif settings.feature_weights == "disagree":
+            elements = disagreement(torch.stack(teachers))
+            elements = elements / (batch.runtime.sum(elements.sum()) / batch.total)
+        if settings.feature_dropout:
+            draws = hash_uniform(self.seed, 8, batch.step, i, np.arange(adapted[0].shape[1]))
+            kept_channels = torch.from_numpy(draws >= settings.feature_dropout).to(student)
+            elements = elements * kept_channels[:, None, None] / (1 - settings.feature_dropout)
+        if self.shared[i]:
+            mean = sum(share[:, None, None, None] * f
+                       for share, f in zip(shares, teachers, strict=True))
+            teachers, shares = [typing.cast(Tensor, mean)], (shares.sum(0, keepdim=True) > 0)
+        distances = torch.stack([(elements * (a - f).square()).mean((1, 2, 3))
+                                 for a, f in zip(adapted, teachers, strict=True)])
+        return (shares * distances).sum(0), own_loss
+
+
+def feature_agre(adapted: Sequence[Tensor], teachers: Sequence[Tensor], adapted_b: Tensor,
+                 biased: Tensor, adapters: Sequence[Tensor] | None = None) -> Tensor:
+    """AGRE weights [M, b] of a layer: 1 - cos of the pulls A_t f_s - f_t and A_b f_s - f_b (ours).
+
+    adapted: A_t f_s for each teacher, or one for all; every map [b, d, h, w]. With `adapters`
+    [d_t, d_s, 1, 1] (those, then b's), of gradients with respect to f_s: A^T (A f_s - f). 1 where a
+    pull is nil (under 1e-6 of the norm of f).
+    """
+    adapted = [*adapted] * (len(teachers) // len(adapted))
+    pulls = [a - f for a, f in zip([*adapted, adapted_b], [*teachers, biased], strict=True)]
+    *nil, nil_b = (pull.flatten(1).norm(dim=1) < 1e-6 * f.flatten(1).norm(dim=1)
+                   for pull, f in zip(pulls, [*teachers, biased], strict=True))
+    if adapters is not None:
+        matrices = [*adapters[:-1]] * (len(teachers) // (len(adapters) - 1)) + [adapters[-1]]
+        pulls = [F.conv_transpose2d(pull, a) for pull, a in zip(pulls, matrices, strict=True)]
+    *u, u_b = (F.normalize(pull.flatten(1), dim=1, eps=1e-30) for pull in pulls)
+    weights = torch.stack([(each - u_b).square().sum(1) / 2 for each in u])
+    weights = torch.where(weights < 1e-5, 0, weights).clamp(max=2)
+    return torch.where(torch.stack(nil) | nil_b, 1, weights)
+
+
+def disagreement(features: Tensor) -> Tensor:
+    """Variance over teachers of [M, b, d, h, w], meaned over dimensions: a weight per sample
+    [b, 1, 1, 1], to be divided by its mean over the batch (the course project's text)."""
+    return features.var(0).mean((1, 2, 3), keepdim=True)
+
+
+def agreement(features: Tensor) -> Tensor:
+    """1 / (variance over teachers + 1e-6) of [M, b, d, h, w]: weights [b, d, h, w], of mean 1 in
+    each sample (the course project's code)."""
+    weights = 1 / (features.var(0) + 1e-6)
+    return weights / weights.mean((1, 2, 3), keepdim=True)
+
+
+def attention(features: Tensor) -> Tensor:
+    """Attention map vec(mean_c F^2) / |.|_2, [b, h w] of [b, d, h, w] (Zagoruyko 2017)."""
+    return F.normalize(features.square().mean(1).flatten(1), dim=1)
+
+
+def info_nce(student: Tensor, teacher: Tensor, first: int = 0) -> Tensor:
+    """-log exp(s_i t_i / .07) / sum_j exp(s_i t_j / .07), [b], of unit vectors [b, k] and [B, k].
+
+    `first` is the place of the student's first sample in the teacher's whole batch."""
+    places = torch.arange(len(student), device=student.device) + first
+    return cross_entropy(student @ teacher.T / 0.07, places.clamp(max=len(teacher) - 1))
+
+
+def gather_rows(rows: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    """Rows [b, k] of all processes that share the batch, with gradient; where one's own begin."""
+    world, rank = batch.runtime.world, batch.runtime.rank
+    if world == 1:
+        return rows, 0
+    from torch.distributed.nn import functional as collective
+
+    counts = [len(range(r, batch.total, world)) for r in range(world)]  # batch[rank::world]
+    parts = collective.all_gather(F.pad(rows, (0, 0, 0, counts[0] - len(rows))))
+    return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]), sum(counts[:rank])
+
+
+def distill_objective(settings: Distill, targets: Targets | None, seed: int,
+                      features: FeatureLoss | None = None) -> Objective:
+    """(1 - alpha) CE + alpha wKD + features, with the student's weighting of the teachers."""
     if targets is None:
         return erm_objective()
 
     def losses(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logits, tau = batch.logits, settings.tau
-        current = targets.logits(batch.positions)  # [M or M + 1, b, C]
-        teachers, biased = current[: targets.num_teachers], current[-1]
+        extra, figures = features(batch) if features else (0.0, {})  # before other passes
+        mixed = settings.train.mix != "none"
+        current = targets.ask(batch.images) if mixed else targets.logits(batch.positions)
+        teachers, biased = current[: targets.num_teachers], current[-1]  # [M, b, C], [b, C]
         weights = torch.ones(teachers.shape[:2], dtype=torch.float64, device=logits.device)
         if settings.weighting == "random":
             chosen = int(hash_bits(seed, 1, batch.step)[0] % np.uint64(len(teachers)))
@@ -1560,7 +1909,7 @@ def distill_objective(settings: Distill, targets: Targets | None, seed: int) -> 
         elif settings.weighting == "ca-mkd":
             weights = ca_mkd_weights(teachers, batch.labels)
         elif settings.weighting == "agre" and settings.space == "batch":
-            parameters = [p for p in batch.model.parameters() if p.requires_grad]
+            parameters = [*batch.model.own_parameters().values()]
             row = batch_weights(logits, teachers, biased, parameters, tau, settings.normalise,
                                 batch.total, batch.runtime.sum)
             weights = row[:, None].expand_as(weights)
@@ -1573,14 +1922,15 @@ def distill_objective(settings: Distill, targets: Targets | None, seed: int) -> 
         shares = teacher_shares(weights, settings.zero, shrink)
         distilled = weighted_kd(logits, teachers, shares, tau, settings.combine)
         labelled = cross_entropy(logits, batch.labels)
-        figures = {"cross_entropy": labelled, "distillation": distilled}
+        figures |= {"cross_entropy": labelled, "distillation": distilled}
         if settings.weighting not in ("average", "random"):
             figures |= {"weight": weights, "zero_weight_share": (weights.sum(0) == 0).double()}
         if settings.alpha == 1:  # labels that are not used must not meet extreme logits
-            return distilled, figures
-        return (1 - settings.alpha) * labelled + settings.alpha * distilled, figures
+            return distilled + extra, figures
+        return (1 - settings.alpha) * labelled + settings.alpha * distilled + extra, figures
 
-    return Objective(losses, targets.prepare)
+    prepare = targets.prepare if settings.train.mix == "none" else lambda view: None
+    return Objective(losses, prepare, features.attach if features else lambda model: None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1694,7 +2044,7 @@ def refit_head(
     for _, part, found in encode({"": model}, store, indices, runtime):
         features[part] = found[""].to(features)
     embedded = runtime.sum(features.to(runtime.device)).cpu().numpy()
-    labels, groups = store.labels[indices], store.groups[indices]
+    labels, groups = store.labels[indices], store.cells[indices]
     method = settings.method
     if method == "auto":
         method = "l1" if store.num_classes == 2 else "sgd"
@@ -1900,8 +2250,14 @@ class Context:
         num_teachers = student.num_teachers or self.recipe.teachers.num_teachers
         num_dfr = round(student.dfr_share * num_teachers)
         used = [self.teacher(i)[i < num_dfr] for i in range(num_teachers)]
-        used += [self.bias()] if student.weighting == "agre" else []
+        used += [self.bias()] if self.needs_bias(student) else []
         return [(self.label(artefact), artefact) for artefact in used]
+
+    @staticmethod
+    def needs_bias(student: Distill) -> bool:
+        """Does a student compare its teachers with the biased model?"""
+        by_features = any(student.gamma) and student.feature_weights == "agre"
+        return student.weighting == "agre" or (by_features and student.weighting != "one-hot")
 
     def label(self, artefact: Artefact) -> str:
         """An artefact's name in messages: its path below the run directory."""
@@ -1935,8 +2291,11 @@ def relevant(student: Distill) -> dict[str, Any]:
     unused = [f"dfr.{item.name}" for item in fields(DFR)] if student.head == "own" else []
     if student.weighting == "one-hot":
         unused += ["alpha", "tau", "combine", "num_teachers", "dfr_share"]
+    features = ["feature_loss", "feature_weights", "feature_space", "adapters", "feature_dropout"]
+    if student.weighting == "one-hot" or not any(student.gamma):
+        unused += ["gamma", "layers", *features]
     if student.weighting != "agre":
-        unused += ["space", "normalise", "zero", "shrink"]
+        unused += ["space", "normalise"] + ["zero", "shrink"] * (not Context.needs_bias(student))
     return {k: v for k, v in flatten(student).items() if k not in unused}
 
 
@@ -2149,11 +2508,17 @@ def accumulate(model: Classifier, network: nn.Module, objective: Objective, trai
                view: int, seed: int, runtime: Runtime) -> Tensor:
     """Gradients of one batch of `total` images, of which this process has `parts` (micro-batches:
     places in the training set, stored images). Adds to `run`; returns the images last seen."""
+    from torchvision.transforms import v2
+
     indices, device = store.split("train"), runtime.device
+    mixers = {"cutmix": v2.CutMix(alpha=1.0, num_classes=store.num_classes),
+              "mixup": v2.MixUp(alpha=0.2, num_classes=store.num_classes)}
     for number, (places, raw) in enumerate(parts):
         torch.manual_seed(int(hash_bits(seed, run.step, runtime.rank, number)[0] >> 1))
         images = store.view(indices[places], device, view, train.view_seed, raw)
         labels = torch.from_numpy(store.labels[indices[places]]).to(device)
+        if train.mix != "none":
+            images, labels = mixers[train.mix](images, labels)  # labels are now shares, [b, C]
         last = number == len(parts) - 1
         with contextlib.nullcontext() if last else runtime.accelerator.no_sync(network):
             with runtime.autocast():
@@ -2184,7 +2549,8 @@ def build_optimizer(model: Classifier, train: Train, runtime: Runtime) -> Any:
 def log_epoch(board: Any, entry: Mapping[str, Any], names: Sequence[str], speed: float) -> None:
     """One epoch's figures to TensorBoard."""
     figures = {"charts/lr": entry["lr"], "charts/images_per_second": speed}
-    figures |= {f"losses/{k}": entry.get(k) for k in ("loss", "cross_entropy", "distillation")}
+    figures |= {f"losses/{k}": v for k, v in entry.items()
+                if k in ("loss", "cross_entropy", "distillation") or k.startswith("feature ")}
     figures |= {f"weights/teacher{i}": w for i, w in enumerate(entry.get("weight", []))}
     figures |= {"weights/zero_share": entry.get("zero_weight_share")}
     figures |= {f"validation/{k}": entry[k] for k in COLUMNS}
@@ -2230,6 +2596,7 @@ def train_and_save(section: Teachers | BiasModel | Distill, arch: str, weights: 
     """
     train, store = section.train, ctx.store
     model = build_model(arch, weights, store.num_classes, section.input, seed)
+    objective.attach(model)
     if runtime.rank == 0:
         count = sum(p.numel() for p in model.parameters())
         print(f"{ctx.label(artefact)}: {arch}, {count:,} parameters, {train.epochs} epochs of "
@@ -2326,26 +2693,37 @@ def run_distill(ctx: Context) -> None:
                        if not ctx.finished(a)}
             if targets:
                 first, student = next(iter(students.items()))
-                teachers = load_targets(ctx, student, runtime, frozen)
-                train_and_save(student, student.arch, student.weights,
-                               distill_objective(student, teachers, seed), first, targets, ctx,
-                               runtime, seed)
+                objective = prepare_objective(ctx, student, runtime, frozen, seed)
+                train_and_save(student, student.arch, student.weights, objective, first, targets,
+                               ctx, runtime, seed)
     ctx.runtime.accelerator.wait_for_everyone()
 
 
-def load_targets(ctx: Context, student: Distill, runtime: Runtime,
-                 frozen: dict[str, Classifier]) -> Targets | None:
-    """The targets of a student; `frozen` are the networks loaded so far, by fingerprint."""
+def prepare_objective(ctx: Context, student: Distill, runtime: Runtime,
+                      frozen: dict[str, Classifier], seed: int) -> Objective:
+    """What a student learns; `frozen` are the networks loaded so far, by fingerprint."""
     ensemble = ctx.ensemble(student)
     if not ensemble:
-        return None
+        return erm_objective()
     for _, artefact in ensemble:
         if artefact.fingerprint not in frozen:
             frozen[artefact.fingerprint] = load_model(artefact.path, runtime.device, ctx.store)
-    models = [frozen[artefact.fingerprint] for _, artefact in ensemble]
-    num_teachers = len(models) - (student.weighting == "agre")
-    return Targets(models, num_teachers, ctx.store, ctx.data_settings(), runtime,
-                   student.train.view_seed)
+    num_teachers = len(ensemble) - ctx.needs_bias(student)
+    layers = [layer for layer, gamma in zip(student.layers, student.gamma, strict=True) if gamma]
+    targets = Targets([frozen[artefact.fingerprint] for _, artefact in ensemble], num_teachers,
+                      ctx.store, ctx.data_settings(), runtime, student.train.view_seed,
+                      bool(layers))
+    if not layers:
+        return distill_objective(student, targets, seed)
+    networks = {}
+    if student.train.mix != "none" or any(not layer.endswith("pooled") for layer in layers):
+        for key, (_, artefact) in zip(targets.trunk_keys, ensemble, strict=True):
+            if key not in networks:  # unfolded: folding leaves no modules to tap
+                networks[key] = load_model(artefact.path, runtime.device, ctx.store)
+    teachers = ctx.recipe.teachers
+    pretrained = len(set(teachers.weights)) == 1 and teachers.weights[0] != "random"
+    features = FeatureLoss(student, targets, networks, pretrained, seed)
+    return distill_objective(student, targets, seed, features)
 
 
 class Found(NamedTuple):
@@ -2561,11 +2939,12 @@ def recipe_files() -> list[Path]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe of a file, by path or by bare name; checked."""
+    """The recipe of a file, by path or by bare name; of several in `recipes`, NAME:WHICH."""
     known = {path.stem: path for path in recipe_files()}
-    path = Path(name) if Path(name).is_file() else known.get(name)
+    file, _, variant = name.partition(":")
+    path = Path(file) if Path(file).is_file() else known.get(file)
     if path is None:
-        raise Problem(f"Unknown recipe {name!r}{suggest(name, [*known])}")
+        raise Problem(f"Unknown recipe {file!r}{suggest(file, [*known])}")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -2580,7 +2959,10 @@ def load_recipe(name: str) -> Recipe:
         raise Problem(f"{path}, line {line}: {type(error).__name__}: {error}.") from error
     finally:
         sys.path.pop(0)
-    recipe = getattr(module, "recipe", None)
+    variants = getattr(module, "recipes", {})
+    if variant and variant not in variants:
+        raise Problem(f"{path} has no recipe {variant!r}{suggest(variant, [*variants])}")
+    recipe = variants[variant] if variant else getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise Problem(f"{path} defines no `recipe = Recipe(...)`.")
     check_recipe(recipe, path.name)
@@ -2615,7 +2997,7 @@ def apply_flags(command: str, recipe: Recipe, name: str,
     text = f"{COMMANDS[command].capitalize()}. Values shown are those of the recipe {name}."
     if command in ("distill", "run"):
         text += f" Its students: {', '.join(recipe.students)}."
-    common = Common(recipe.root, f"runs/{Path(name).stem}", recipe.seeds)
+    common = Common(recipe.root, f"runs/{Path(name).stem.replace(':', '-')}", recipe.seeds)
     # Which sections have flags; run's carry the section's name.
     kinds: dict[str, Any] = {"data": Data, "teachers": Teachers, "bias_model": BiasModel,
                              "distill": Distill, "eval": Eval}
