@@ -327,6 +327,10 @@ class Eval:
     # Images that are scored. Choose settings on selection (validation that no head was fitted
     # on), report test.
     split: Literal["train", "val", "selection", "test"] = "test"
+    # Student whose WGA the others' are compared with, seed by seed; none if empty.
+    baseline: str = ""
+    # How well a linear model on each layer tells label and attribute (validation). Takes a while.
+    probes: bool = False
 
 
 @dataclass(frozen=True)
@@ -425,6 +429,8 @@ def check_recipe(recipe: Recipe, name: str) -> None:
     refuse(data.crop > data.size,
            f"data.crop = {data.crop} is larger than data.size = {data.size}")
     refuse(not recipe.seeds or not recipe.students, "needs at least one seed and one student")
+    refuse(recipe.eval.probes and data.reweighting == 1,
+           "eval.probes are scored on the selection part: data.reweighting = 1 leaves none")
     for key, train in trains.items():
         refuse(train.select == "best" and data.reweighting == 1,
                f"{key}.select = 'best' needs a selection part: data.reweighting = 1 leaves none")
@@ -2134,10 +2140,14 @@ def summary_table(results: Mapping[str, Any]) -> str:
         mean, std = spread(known)
         return f"{mean:.1f}" + (f" ± {std:.1f}" if std is not None else "")
 
+    baseline = results["about"].get("baseline")
+    against = {Path(m["name"]).parent.name: m["wga"] for row in results["rows"]
+               for m in row["members"] if row["name"] == baseline}
     published = {k for row in results["rows"] for k in row["published"]}
     columns = [k for k in COLUMNS if k in published]
     names = [group["name"] for group in results["groups"]]
     header = ["", "models", *COLUMNS.values(), *names]
+    header += [f"WGA − {baseline}'s"] * bool(against)
     header += [f"published {COLUMNS[k]}" for k in columns]
     rows = []
     for row in results["rows"]:
@@ -2145,6 +2155,9 @@ def summary_table(results: Mapping[str, Any]) -> str:
         line = [row["name"], str(len(members))]
         line += [cell([m[k] for m in members]) for k in COLUMNS]
         line += [cell([m["groups"][g] for m in members]) for g in range(len(names))]
+        if against:  # paired by seed
+            seeds = {Path(m["name"]).parent.name: m["wga"] for m in members}
+            line.append(cell([v - against[k] for k, v in seeds.items() if k in against]))
         for k in columns:
             value, std = row["published"].get(k), row["published"].get(f"{k}_std")
             line.append("–" if value is None else f"{value:g}" + (f" ± {std:g}" if std else ""))
@@ -2806,6 +2819,7 @@ def run_eval(ctx: Context, models: Sequence[Path] = ()) -> None:
     results = {
         "about": origin(ctx.runtime.accelerator.num_processes) | {
             "recipe": ctx.name, "split": split, "seeds": ctx.recipe.seeds,
+            "baseline": ctx.recipe.eval.baseline,
             "teacher_seeds": [ctx.recipe.teachers.seed + i
                               for i in range(ctx.recipe.teachers.num_teachers)]},
         "groups": [{"name": name, "images": int(n), "train_images": int(t)} for name, n, t
@@ -2813,14 +2827,109 @@ def run_eval(ctx: Context, models: Sequence[Path] = ()) -> None:
         "rows": [{"name": name, "published": ctx.recipe.published.get(name, {}), "members": members}
                  for name, members in rows.items()],
         "left_out": left_out,
+        "curves": curves(ctx.recipe),
+        "probes": probe_models(ctx, by_trunk) if ctx.recipe.eval.probes else [],
     }
     if ctx.runtime.accelerator.is_main_process:
+        if results["curves"]:
+            write_file(ctx.out / f"curves{end}.png", draw_curves(results))
         write_file(ctx.out / f"results{end}.json", json.dumps(results, indent=1) + "\n")
         write_file(ctx.out / f"report{end}.md", report(results))
         write_file(ctx.out / f"groups{end}.png", draw_groups(results))
         say(report(results), f"Written: report{end}.md, results{end}.json and groups{end}.png in "
             f"{ctx.out}")
     ctx.runtime.accelerator.wait_for_everyone()
+
+
+def probe_models(ctx: Context, by_trunk: Mapping[str, Sequence[Found]]) -> list[dict[str, Any]]:
+    """Accuracy in per cent of linear probes on every layer, for label and attribute, mean over the
+    trunks of each kind of model. Features are meaned over positions, fits group-balanced."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    store, scores = ctx.store, dict[str, dict[str, list[float]]]()
+    for members in progress([*by_trunk.values()], "probes"):
+        model = load_model(members[0].path, ctx.runtime.device, store)
+        tap = Tap(model, [*layer_paths(model, store.data.crop)], store.data.crop)
+        parts = []
+        for part in ("reweighting", "selection"):
+            indices, rows = store.split(part), []
+            for _ in encode({"": model}, store, indices, ctx.runtime):
+                rows.append({k: v.mean((2, 3)).cpu().numpy() for k, v in tap.maps.items()})
+            kept = balanced_subset(store.cells[indices], 0)
+            features = {k: np.concatenate([row[k] for row in rows])[kept] for k in tap.maps}
+            parts.append((features, indices[kept]))
+        (fitted, first), (judged, second) = parts
+        for layer, x in fitted.items():
+            for kind, target in (("label", store.labels), ("attribute", store.attributes)):
+                if len(set(target[first])) > 1:
+                    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+                    right = probe.fit(x, target[first]).predict(judged[layer]) == target[second]
+                    row = scores.setdefault(members[0].row, {})
+                    row.setdefault(f"{layer}: {kind}", []).append(100 * float(right.mean()))
+    return [{"name": name, "scores": {probe: float(np.mean(values)) for probe, values
+                                      in row.items()}} for name, row in scores.items()]
+
+
+def curves(recipe: Recipe) -> list[dict[str, Any]]:
+    """Students that differ in one number alone: {field, label, points: [value, student]}."""
+    found = []
+    for key in ("tau", "alpha", "gamma", "shrink", "num_teachers", "dfr_share"):
+        groups: dict[str, dict[float, str]] = {}
+        for name, student in recipe.students.items():
+            rest = flatten(student)
+            value = rest.pop(key)
+            value = value if key != "gamma" else sum(value) if len(value) == 1 else None
+            value = recipe.teachers.num_teachers if (key, value) == ("num_teachers", 0) else value
+            if value is not None and student.weighting != "one-hot":
+                groups.setdefault(json.dumps(rest), {})[value] = name
+        for rest_text, points in groups.items():
+            rest = json.loads(rest_text)
+            label = rest["weighting"]
+            label += f", features {rest['feature_weights']}" * (key == "gamma")
+            if len(points) > 2:
+                found.append({"field": key, "label": label, "points": sorted(points.items())})
+    return found
+
+
+def draw_curves(results: Mapping[str, Any]) -> bytes:
+    """Figure of results.json (PNG): WGA against each setting that students differ in."""
+    figure, pyplot = new_figure()
+    found, rows = results["curves"], {row["name"]: row["members"] for row in results["rows"]}
+    fields_ = list(dict.fromkeys(curve["field"] for curve in found))
+    figure.set_size_inches(max(5.0, 3.6 * len(fields_)), 3.6)
+    axes = figure.subplots(1, len(fields_), sharey=True, squeeze=False)[0]
+    for axis, key in zip(axes, fields_, strict=True):
+        for curve in (curve for curve in found if curve["field"] == key):
+            points = [(x, *spread([m["wga"] for m in rows[name]])) for x, name in curve["points"]
+                      if name in rows]
+            axis.errorbar([x for x, _, _ in points], [mean for _, mean, _ in points],
+                          [std or 0 for *_, std in points], marker="o", capsize=3,
+                          label=curve["label"])
+        axis.set_xlabel(key)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel(f"WGA, % of {results['about']['split']} images (mean ± std)")
+    return png(figure, pyplot)
+
+
+def new_figure() -> tuple[Any, Any]:
+    """A matplotlib figure, and pyplot, without a window."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.figure(layout="constrained"), pyplot
+
+
+def png(figure: Any, pyplot: Any) -> bytes:
+    """A finished figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    pyplot.close(figure)
+    return buffer.getvalue()
 
 
 def origin(processes: int = 1) -> dict[str, str]:
@@ -2850,17 +2959,28 @@ def report(results: Mapping[str, Any]) -> str:
     facts, groups = results["about"], results["groups"]
     split, names = facts["split"], [group["name"] for group in groups]
     sizes = [[g["name"], str(g["images"]), str(g["train_images"])] for g in groups]
+    least = min(g["images"] for g in groups if g["images"])
     single = [[m["name"], *score_cells(m)] for row in results["rows"] for m in row["members"]]
     empty = [(f"Groups without {split} images, left out of every figure", "images"),
              ("Groups without training images", "train_images")]
     notes = [f"{told}: {'; '.join(g['name'] for g in groups if not g[key])}."
              for told, key in empty if not all(g[key] for g in groups)]
+    probes = []
+    if results["probes"]:
+        header = sorted({name for row in results["probes"] for name in row["scores"]})
+        lines = [[row["name"], *(f"{v:.1f}" if (v := row["scores"].get(name)) else "–"
+                                 for name in header)] for row in results["probes"]]
+        probes = ["## Linear probes", "Group mean, in per cent, of a logistic regression on a "
+                  "layer's mean over positions: fitted on group-balanced images of validation, "
+                  "scored on others.", table(["", *header], lines)]
     parts = [
         f"# {facts['recipe']}: accuracy by group, {split} images, per cent",
         "Mean ± sample standard deviation over models. WGA: worst-group accuracy; mean: over "
         "images; group mean: over groups; adjusted mean: groups weighted by their share of the "
-        "training images.",
-        summary_table(results), "## Groups", table(["group", split, "train"], sizes), *notes,
+        f"training images. One image of the smallest group is {100 / least:.3f} points of its "
+        "accuracy.",
+        summary_table(results), *probes, "## Groups", table(["group", split, "train"], sizes),
+        *notes,
         "## Every model", table(["model", *COLUMNS.values(), *names], single),
     ]
     if results["left_out"]:
@@ -2874,13 +2994,10 @@ def report(results: Mapping[str, Any]) -> str:
 
 def draw_groups(results: Mapping[str, Any]) -> bytes:
     """Figure of results.json (PNG): accuracy of every group, and the worst marked, by row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    figure, pyplot = new_figure()
     rows, names = results["rows"], [group["name"] for group in results["groups"]]
-    figure, axes = pyplot.subplots(figsize=(8, 1.6 + 0.36 * len(rows)), layout="constrained")
+    figure.set_size_inches(8, 1.6 + 0.36 * len(rows))
+    axes = figure.subplots()
     colours = pyplot.get_cmap("tab10" if len(names) <= 10 else "viridis", max(len(names), 10))
     places = range(len(rows))
     wga = [spread([m["wga"] for m in row["members"]]) for row in rows]
@@ -2899,10 +3016,7 @@ def draw_groups(results: Mapping[str, Any]) -> bytes:
     axes.set_xlabel(f"accuracy, % of {results['about']['split']} images of the group")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return png(figure, pyplot)
 
 
 # --------------------------------------------------------------------------------------------------
