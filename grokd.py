@@ -2299,14 +2299,17 @@ class Context:
         return artefact.path
 
 
+FEATURES = ("layers", "feature_loss", "feature_weights", "feature_space", "adapters",
+            "feature_dropout")  # settings that matter only with gamma
+
+
 def relevant(student: Distill) -> dict[str, Any]:
     """The settings that decide what a student becomes: a one-hot student has no temperature."""
     unused = [f"dfr.{item.name}" for item in fields(DFR)] if student.head == "own" else []
     if student.weighting == "one-hot":
         unused += ["alpha", "tau", "combine", "num_teachers", "dfr_share"]
-    features = ["feature_loss", "feature_weights", "feature_space", "adapters", "feature_dropout"]
     if student.weighting == "one-hot" or not any(student.gamma):
-        unused += ["gamma", "layers", *features]
+        unused += ["gamma", *FEATURES]
     if student.weighting != "agre":
         unused += ["space", "normalise"] + ["zero", "shrink"] * (not Context.needs_bias(student))
     return {k: v for k, v in flatten(student).items() if k not in unused}
@@ -2876,18 +2879,21 @@ def curves(recipe: Recipe) -> list[dict[str, Any]]:
     """Students that differ in one number alone: {field, label, points: [value, student]}."""
     found = []
     for key in ("tau", "alpha", "gamma", "shrink", "num_teachers", "dfr_share"):
-        groups: dict[str, dict[float, str]] = {}
+        lines: dict[tuple[str, str], dict[float, str]] = {}
         for name, student in recipe.students.items():
             rest = flatten(student)
             value = rest.pop(key)
-            value = value if key != "gamma" else sum(value) if len(value) == 1 else None
+            if key == "gamma":  # of one layer; students without features begin every line
+                value = value[0] if len(value) == 1 else None
+                features = {k: rest.pop(k) for k in FEATURES}
             value = recipe.teachers.num_teachers if (key, value) == ("num_teachers", 0) else value
             if value is not None and student.weighting != "one-hot":
-                groups.setdefault(json.dumps(rest), {})[value] = name
-        for rest_text, points in groups.items():
-            rest = json.loads(rest_text)
-            label = rest["weighting"]
-            label += f", features {rest['feature_weights']}" * (key == "gamma")
+                kind = json.dumps(features) if key == "gamma" and value else ""
+                lines.setdefault((json.dumps(rest), kind), {})[value] = name
+        for (rest_text, kind), points in lines.items():
+            points |= lines.get((rest_text, ""), {}) if kind else {}
+            label = json.loads(rest_text)["weighting"]
+            label += f", features {json.loads(kind)['feature_weights']}" if kind else ""
             if len(points) > 2:
                 found.append({"field": key, "label": label, "points": sorted(points.items())})
     return found
