@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -31,6 +32,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -74,15 +76,10 @@ __version__ = "0.1.0"
 # A recipe's `from grokd import ...` must find this module, not load a second copy of it.
 sys.modules.setdefault("grokd", sys.modules[__name__])
 
-
 class Problem(Exception):
     """A mistake the user can mend: printed as one line, without a traceback."""
 
-
-# --------------------------------------------------------------------------------------------------
-# Recipe types
-# --------------------------------------------------------------------------------------------------
-
+# ---- Recipe types --------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Range:
@@ -90,7 +87,6 @@ class Range:
 
     low: float = -math.inf
     high: float = math.inf
-
 
 Share = Annotated[float, Range(0, 1)]
 NotNegative = Annotated[float, Range(0)]
@@ -104,7 +100,6 @@ IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 SPLITS = ("train", "val", "test")
 
-
 class Row(NamedTuple):
     """One image of a data set, as a reader returns it."""
 
@@ -112,7 +107,6 @@ class Row(NamedTuple):
     label: int  # core class y, 0..C-1
     attribute: int  # spurious attribute a, 0..A-1; 0 everywhere if not known
     split: str  # "train", "val" or "test"
-
 
 @dataclass(frozen=True)
 class Data:
@@ -163,7 +157,6 @@ class Data:
     # cache, further students do not pay for the teachers.
     cache_gb: NotNegative = 20.0
 
-
 @dataclass(frozen=True)
 class Input:
     """What a network is fed. Weights that carry their own normalisation override mean and std."""
@@ -174,7 +167,6 @@ class Input:
     mean: Triple = IMAGENET_MEAN
     # Standard deviation per channel that the rest is divided by.
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
-
 
 @dataclass(frozen=True)
 class Train:
@@ -209,7 +201,6 @@ class Train:
     # Save a checkpoint at least this often; every epoch ends with one too.
     checkpoint_minutes: Positive = 5.0
 
-
 @dataclass(frozen=True)
 class DFR:
     """Deep feature reweighting: the last layer refitted on group-balanced held-out data."""
@@ -222,7 +213,6 @@ class DFR:
     # l1: inverse penalties tried on one half of the reweighting part, judged on the other.
     penalties: tuple[Positive, ...] = (1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01)
     epochs: Count = 100  # sgd: passes over the reweighting part.
-
 
 @dataclass(frozen=True)
 class Teachers:
@@ -245,7 +235,6 @@ class Teachers:
         """Architecture and initial weights of teacher i."""
         return self.arch[i % len(self.arch)], self.weights[i % len(self.weights)]
 
-
 @dataclass(frozen=True)
 class BiasModel:
     """The model to depart from: it has learnt the shortcut, and no head of it is refitted."""
@@ -263,7 +252,6 @@ class BiasModel:
     seed: Natural = 0  # Seed of its training.
     input: Annotated[Input, FLAT] = Input()
     train: Annotated[Train, FLAT] = Train()
-
 
 @dataclass(frozen=True)
 class Distill:
@@ -315,10 +303,73 @@ class Distill:
     arch: str = "resnet18"
     # Initial weights: random, a name of torchvision's, or a file of yours.
     weights: str = "DEFAULT"
+    augmented: str = ""  # Train on this set of generated images too.
+    # Generated images an epoch as a share of the training images; 0: each of them once.
+    augmented_ratio: NotNegative = 0.0
+    start: str = ""  # Go on from the student of this name, rather than from `weights`.
+    # Show rare images more often, as often as the commonest: groups, classes, or within each class
+    # the smaller of two clusters of a helper's loss histories (TAB, Espinosa Zarlenga 2024).
+    rebalance: Literal["none", "groups", "classes", "tab"] = "none"
+    # tab: a one-hot student that was trained on the same images; empty: the biased model.
+    helper: str = ""
     dfr: DFR = DFR()  # How a head is refitted, with head dfr.
     input: Annotated[Input, FLAT] = Input()
     train: Annotated[Train, FLAT] = Train(schedule="cosine", weight_decay=1e-4)
 
+@dataclass(frozen=True)
+class Diffusion:
+    """The generator that `augment` trains where a set names none: pixels, by DDPM (Ho 2020)."""
+
+    # Passes over the training images. More if generated images look like noise.
+    epochs: Natural = 300
+    batch_size: Count = 64
+    lr: Positive = 1e-3  # Of AdamW; falls to 0 on a cosine.
+    widths: tuple[Count, ...] = (64, 128, 128)  # Channels at full, half, quarter ... resolution.
+    num_timesteps: Count = 1000  # Noise levels.
+    class_conditional: bool = True  # Tell the generator the class.
+    ema: Share = 0.999  # Decay of the moving average of weights, which is what is kept.
+    seed: Natural = 0
+
+@dataclass(frozen=True)
+class Augment:
+    """One set of images on which the teachers are sure and a student is wrong (ConfiG)."""
+
+    student: str = "average"  # The student whose mistakes are sought, seed by seed.
+    # Guide the generator by teachers and student. False: its plain images, to compare with.
+    guided: bool = True
+    like: str = ""  # Not guided: one image for each that this guided set accepted.
+    # Folder or hub id of a diffusers pipeline: UNet2DModel on pixels, Stable Diffusion 1.x, 2.x or
+    # SD-Turbo. Empty: one trained here (section diffusion).
+    generator: str = ""
+    scheduler: str = "DDIMScheduler"  # By diffusers' name; empty: the pipeline's own.
+    steps: Annotated[int, Range(1, 50)] = 6  # Denoising steps after the latent.
+    # Noise put on the source image, 1: start from noise alone.
+    strength: Annotated[float, Range(0.01, 1)] = 0.67
+    prompt: str = "a photo of a {}"  # Stable Diffusion: text for a class.
+    guidance_scale: NotNegative = 1.0  # Stable Diffusion: classifier-free guidance; 1: none.
+    # What is maximised over latents, of teachers' t_y and student's f_y: t^gamma + (1 - f)^gamma,
+    # log t + log(1 - f), or the sum of logit margins.
+    objective: Literal["power", "log", "margin"] = "power"
+    gamma: Positive = 1.0  # power; with 2 (second-hand) it starts on a plateau.
+    # normalised: steps of a fixed share of the latent's norm along the gradient. nesterov: ReNO's.
+    optimizer: Literal["normalised", "adam", "nesterov"] = "normalised"
+    step_size: Positive = 0.1  # Try .05 for adam, 5 for nesterov.
+    iterations: Natural = 30  # Most steps for an image.
+    # Latent's norm: kept, drawn to a Gaussian's (ReNO, weight .01), or free.
+    norm: Literal["keep", "regularise", "free"] = "keep"
+    cutouts: Natural = 0  # Random crops shown to the networks in guidance, beside the image.
+    noise: NotNegative = 0.0  # Standard deviation of noise added to what they are shown.
+    min_teacher: Share = 0.8  # Least confidence of the teachers' mean in the class.
+    max_student: Share = 0.5  # Greatest confidence of the student in it.
+    # Share of validation images whose denoising loss passes as real; 1: not judged.
+    realism: Share = 0.95
+    # Training images to start from, by the student's confidence f_y (least-certain: max p).
+    sources: Literal["least-confident", "least-certain", "most-confident", "misclassified",
+                     "all"] = "least-confident"
+    share: Share = 0.5  # Share of the training images taken.
+    count: Natural = 0  # How many are taken; 0: the share.
+    balanced: bool = False  # As many of each class.
+    in_flight: Count = 64  # Images optimised together; fewer if memory runs out.
 
 @dataclass(frozen=True)
 class Eval:
@@ -332,7 +383,6 @@ class Eval:
     # How well a linear model on each layer tells label and attribute (validation). Takes a while.
     probes: bool = False
 
-
 @dataclass(frozen=True)
 class Recipe:
     """One experiment. Copy a file of recipes/ and edit it."""
@@ -342,12 +392,14 @@ class Recipe:
     bias_model: BiasModel = BiasModel()
     # Students by name: an ablation is a dict of them.
     students: Mapping[str, Distill] = field(default_factory=lambda: {"agre": Distill()})
+    # Sets of generated images by name, which students may train on.
+    augments: Mapping[str, Augment] = field(default_factory=dict)
+    diffusion: Diffusion = Diffusion()
     eval: Eval = Eval()
     seeds: tuple[Natural, ...] = (0, 1, 2)  # Every student is trained once with each of these.
     root: str = "."  # Folder of the data.
     # Figures printed beside the measured ones: row of the report -> column -> per cent.
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-
 
 @dataclass(frozen=True)
 class Common:
@@ -366,7 +418,6 @@ class Common:
     # Insist on going on from a checkpoint: an error where there is none. (Checkpoints are used
     # without it too.)
     resume: bool = False
-
 
 def check(value: Any, hint: Any, name: str, told: str = "") -> None:
     """Raise Problem unless `value` has the type `hint` and lies in its Range, sections included."""
@@ -398,7 +449,6 @@ def check(value: Any, hint: Any, name: str, told: str = "") -> None:
             check(key, args[0], f"a name in {name}")
             check(item, args[1], f"{name}[{key!r}]")
 
-
 def _in_words(hint: Any) -> str:
     """A type, for error lines."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -413,7 +463,6 @@ def _in_words(hint: Any) -> str:
         return f"a tuple of {'' if args[-1] is ... else f'{len(args)} times '}{_in_words(args[0])}"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
-
 
 def check_recipe(recipe: Recipe, name: str) -> None:
     """Raise Problem for a value of wrong type or range, or values that exclude each other."""
@@ -437,6 +486,12 @@ def check_recipe(recipe: Recipe, name: str) -> None:
     refuse(bias_model.kind == "teacher" and bias_model.teacher >= teachers.num_teachers,
            f"bias_model.teacher = {bias_model.teacher}, but there are {teachers.num_teachers} "
            "teachers, counted from 0")
+    for key, section in recipe.augments.items():
+        refuse(key in recipe.students, f"{key!r} names a student and a set of images")
+        refuse(not re.fullmatch(r"\w[\w.+=,-]*", key),
+               f"set {key!r}: letters, digits and . _ + = , - make a name")
+        refuse(bool(section.like) and section.guided,
+               f"augments[{key!r}]: like belongs to guided = False")
     for key, student in recipe.students.items():
         refuse(not re.fullmatch(r"\w[\w.+=,-]*", key),
                f"student {key!r}: letters, digits and . _ + = , - make a name")
@@ -461,11 +516,7 @@ def check_recipe(recipe: Recipe, name: str) -> None:
                f"students[{key!r}]: ae-kd, space = 'batch', disagree and contrastive work on whole "
                "batches, not on micro-batches: set micro_batch = 0")
 
-
-# --------------------------------------------------------------------------------------------------
-# Basics: hashes, files, processes
-# --------------------------------------------------------------------------------------------------
-
+# ---- Basics: hashes, files, processes ------------------------------------------------------------
 
 def hash_bits(*keys: int | np.ndarray) -> np.ndarray:
     """Counter-based 64-bit hash of integers, broadcast: splitmix64's finaliser, chained.
@@ -480,16 +531,13 @@ def hash_bits(*keys: int | np.ndarray) -> np.ndarray:
         state = state ^ (state >> np.uint64(31))
     return state
 
-
 def hash_uniform(*keys: int | np.ndarray) -> np.ndarray:
     """Uniform numbers in [0, 1), a function of the integers alone."""
     return (hash_bits(*keys) >> np.uint64(11)).astype(np.float64) / 2.0**53
 
-
 def permutation(n: int, *keys: int) -> np.ndarray:
     """A random order of 0..n-1, a function of the keys alone."""
     return np.argsort(hash_bits(*keys, np.arange(n)), kind="stable")
-
 
 def digest(*parts: Any) -> str:
     """16 hexadecimal digits that identify the parts (bytes, or anything JSON can hold)."""
@@ -498,7 +546,6 @@ def digest(*parts: Any) -> str:
         sha.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
         sha.update(b"\0")
     return sha.hexdigest()[:16]
-
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """A section as {flag name: plain value}; sections without a prefix of their own add none."""
@@ -511,12 +558,10 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         flat |= flatten(getattr(value, item.name), joined)
     return flat
 
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """"lr 0.1 → 0.2, ..." for the values that differ; empty if none do."""
     names = [k for k in {**old, **new} if old.get(k) != new.get(k)]
     return ", ".join(f"{k} {old.get(k, 'nothing')} → {new.get(k, 'nothing')}" for k in names)
-
 
 def write_file(path: Path, content: bytes | memoryview | str) -> None:
     """Write a file whole or not at all. Raises Problem if the disk is full or not writable."""
@@ -534,7 +579,6 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
         raise Problem(f"{path} could not be written ({error.strerror}): make room there, or choose "
                       "another folder with --out; the same command then goes on from where it "
                       "was.") from error
-
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
@@ -555,19 +599,16 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         file.flush()
         yield
 
-
 def progress(items: Any = None, label: str = "", **more: Any) -> Any:
     """A progress bar: on terminals only, and for the first process."""
     hidden = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0
     return tqdm(items, desc=label, disable=hidden, leave=False, dynamic_ncols=True,
                 main_process_only=False, **more)
 
-
 def say(*lines: str) -> None:
     """Print on the first process only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(*lines, sep="\n", flush=True)
-
 
 @dataclass(frozen=True)
 class Runtime:
@@ -638,11 +679,7 @@ class Runtime:
         own = jobs if runtime.shared else jobs[self.accelerator.process_index :: processes]
         return runtime, list(own)
 
-
-# --------------------------------------------------------------------------------------------------
-# Data: rows, store, views, order
-# --------------------------------------------------------------------------------------------------
-
+# ---- Data: rows, store, views, order -------------------------------------------------------------
 
 def _codes(column: str, values: list[str], names: tuple[str, ...], table: Path) -> list[int]:
     """The numbers a column holds, or the places of its words in `names` (else in sorted order)."""
@@ -654,7 +691,6 @@ def _codes(column: str, values: list[str], names: tuple[str, ...], table: Path) 
             raise Problem(f"{table}, row {row + 2}: column {column!r} holds {value!r}, which is "
                           f"not one of {', '.join(order)}.")
     return [order.index(value) for value in values]
-
 
 def read_rows(data: Data, root: str) -> list[Row]:
     """Rows of the data set, from the recipe's reader or the metadata table.
@@ -698,7 +734,6 @@ def read_rows(data: Data, root: str) -> list[Row]:
     splits = [SPLITS[data.split_codes.index(r[data.split_column])] for r in records]
     return [Row(*row) for row in zip(files, labels, attributes, splits, strict=True)]
 
-
 def decode(source: Path | np.ndarray | io.BytesIO, size: int, geometry: str) -> np.ndarray:
     """Decode an image and fit it to the stored square: uint8 [3, size, size]."""
     image: Image.Image
@@ -716,10 +751,8 @@ def decode(source: Path | np.ndarray | io.BytesIO, size: int, geometry: str) -> 
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(image).transpose(2, 0, 1)
 
-
 BLOCK = 256  # images per checksum, and per step of a prediction
 THREADS = ThreadPoolExecutor(os.cpu_count())  # decode images
-
 
 @dataclass
 class Store:
@@ -737,6 +770,7 @@ class Store:
     attributes: np.ndarray  # int64 [N]
     splits: np.ndarray  # int8 [N], places in SPLITS
     checked: set[int] = field(default_factory=set)
+    extra: np.ndarray | None = None  # uint8 [K, 3, S, S], generated images behind those stored
 
     def __post_init__(self) -> None:
         names, attributes = self.data.class_names, self.data.attribute_names
@@ -767,6 +801,8 @@ class Store:
             refit.append(members[permutation(len(members), cell)][:share])
         self.parts["reweighting"] = np.sort(np.concatenate(refit))
         self.parts["selection"] = np.setdiff1d(val, self.parts["reweighting"])
+        self.sizes = {name: np.bincount(self.groups[part], minlength=len(self.group_names))
+                      for name, part in self.parts.items()}
         # Without attributes, refitting a head balances classes only.
         self.head_name = "DFR" if self.num_attributes > 1 else "CB-LLR"
         # What the pixels are, wherever the files lie: moving a data set changes nothing.
@@ -783,10 +819,15 @@ class Store:
 
     def counts(self, name: str) -> np.ndarray:
         """Images per group of a split: int64 [G]."""
-        return np.bincount(self.groups[self.split(name)], minlength=len(self.group_names))
+        return self.sizes[name]
 
     def raw(self, indices: np.ndarray) -> np.ndarray:
         """Stored images, uint8 [B, 3, S, S]. Checksums are verified when first read."""
+        own = len(self.labels) - (0 if self.extra is None else len(self.extra))
+        if self.extra is not None and (indices >= own).any():
+            images = self.extra[np.maximum(indices - own, 0)]
+            images[indices < own] = self.raw(indices[indices < own])
+            return images
         if self.offsets:
             return np.stack(list(THREADS.map(self._decoded, indices.tolist())))
         for block in set((indices // BLOCK).tolist()) - self.checked:
@@ -838,6 +879,45 @@ class Store:
         )
         return images.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
 
+def enlarge(store: Store, images: np.ndarray, labels: np.ndarray, ratio: float) -> Store:
+    """The store with images [K, 3, S, S] added to its training split, each once, or repeated to a
+    `ratio` of the training images. Their groups are not known: no figure counts them."""
+    union, count, train = copy.copy(store), len(store.labels), store.split("train")
+    union.extra, union.labels = images, np.concatenate([store.labels, labels])
+    unknown = np.full(len(labels), -1)
+    union.cells = np.concatenate([store.cells, unknown])
+    union.groups = np.concatenate([store.groups, unknown])
+    shown = np.arange(round(ratio * len(train)) or len(labels)) % len(labels)
+    union.parts = {**store.parts, "train": np.concatenate([train, count + shown])}
+    told = [zlib.crc32(images.tobytes()), labels.tolist(), ratio]
+    union.fingerprint = digest(store.fingerprint, told)
+    return union
+
+def rebalanced(store: Store, clusters: np.ndarray, within: np.ndarray) -> Store:
+    """The store with training images repeated until every cluster [N] is as large as the largest of
+    those that share a value of `within` [N]; negative clusters stay as they are."""
+    train, repeats = store.split("train"), list[np.ndarray]()
+    for outer in np.unique(within):
+        members = [np.flatnonzero((within == outer) & (clusters == c))
+                   for c in np.unique(clusters[(within == outer) & (clusters >= 0)])]
+        for places in members:
+            missing = max(map(len, members)) - len(places)
+            repeats.append(places[permutation(len(places), 0)][np.arange(missing) % len(places)])
+    balanced = copy.copy(store)
+    balanced.parts = {**store.parts, "train": train[np.concatenate([np.arange(len(train)),
+                                                                    *repeats])]}
+    balanced.fingerprint = digest(store.fingerprint, balanced.parts["train"].tolist())
+    return balanced
+
+def loss_clusters(losses: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """TAB's clusters [N]: k-means with k = 2 within each class on loss histories [epochs, N]."""
+    from sklearn.cluster import KMeans
+
+    clusters = np.zeros(len(labels), np.int64)
+    for y in np.unique(labels):
+        means = KMeans(2, n_init=10, random_state=seed).fit(losses.T[labels == y].astype(float))
+        clusters[labels == y] = 2 * y + means.labels_
+    return clusters
 
 def random_boxes(seed: int, view: int, indices: np.ndarray, data: Data) -> np.ndarray:
     """RandomResizedCrop's boxes (left, top, width, height) in stored pixels: int64 [B, 4].
@@ -859,7 +939,6 @@ def random_boxes(seed: int, view: int, indices: np.ndarray, data: Data) -> np.nd
     left = (hash_uniform(seed, view, indices, 20) * (size - width + 1)).astype(np.int64)
     top = (hash_uniform(seed, view, indices, 21) * (size - height + 1)).astype(np.int64)
     return np.stack([left, top, width, height], 1)
-
 
 def open_store(data: Data, root: str) -> Store:
     """Build the store of a data set, or find the one built before; check the groups."""
@@ -905,11 +984,9 @@ def open_store(data: Data, root: str) -> Store:
                       "only.")
     return store
 
-
 def store_bytes(num_images: int, size: int) -> int:
     """Size of a store of decoded images."""
     return 3 * size**2 * num_images
-
 
 def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> None:
     """Decode every image into `folder`, in parallel; the folder appears only when complete."""
@@ -956,7 +1033,6 @@ def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> Non
     (part / "manifest.json").write_text(json.dumps(manifest))
     part.rename(folder)
 
-
 def prefetch(items: Sequence[Any], load: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
     """Each item with load(item), which a thread of its own computes two items ahead."""
     with ThreadPoolExecutor(1) as thread:
@@ -965,7 +1041,6 @@ def prefetch(items: Sequence[Any], load: Callable[[Any], Any]) -> Iterator[tuple
             if i + 2 < len(items):
                 ahead.append(thread.submit(load, items[i + 2]))
             yield item, ahead.pop(0).result()
-
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Positions 0..n-1 in the order of an epoch, cut into total batches.
@@ -978,11 +1053,7 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[np.nda
         cuts.pop()
     return np.split(order, cuts)
 
-
-# --------------------------------------------------------------------------------------------------
-# Models
-# --------------------------------------------------------------------------------------------------
-
+# ---- Models --------------------------------------------------------------------------------------
 
 class CNN2(nn.Sequential):
     """Two convolutions and a linear layer, for images of 16 to 32 pixels; no batch norm.
@@ -996,7 +1067,6 @@ class CNN2(nn.Sequential):
         self.layer2 = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
         self.fc = nn.Linear(64 * 16, num_classes)
-
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut (He et al. 2016, basic block)."""
@@ -1016,7 +1086,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.shortcut(x))
 
-
 class ResNet8(nn.Sequential):
     """A residual network of three blocks (16, 32, 64 wide) for images of 16 to 32 pixels."""
 
@@ -1030,12 +1099,10 @@ class ResNet8(nn.Sequential):
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(64, num_classes)
 
-
 SMALL: dict[str, Callable[[int], nn.Module]] = {
     "cnn2": CNN2, "resnet8": ResNet8,
     "resnet8_gn": lambda num_classes: ResNet8(num_classes, lambda width: nn.GroupNorm(8, width)),
 }
-
 
 class Classifier(nn.Module):
     """A network with its normalisation, as a trunk (image -> features) and a linear head.
@@ -1118,9 +1185,7 @@ class Classifier(nn.Module):
             raise Problem(f"{source} does not fit {self.arch}: {told[:200]} ...") from error
         return fits
 
-
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads: unused
-
 
 def _network(arch: str, num_classes: int) -> nn.Module:
     """The plain network, randomly initialised from torch's generator."""
@@ -1134,12 +1199,10 @@ def _network(arch: str, num_classes: int) -> nn.Module:
     extra = {"init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     return models.get_model(arch, weights=None, num_classes=num_classes, **extra)
 
-
 def suggest(word: str, known: Sequence[str]) -> str:
     """ "; did you mean ...?" where something known is close."""
     close = difflib.get_close_matches(word, known, 3)
     return f"; did you mean {' or '.join(close)}?" if close else f": known are {', '.join(known)}"
-
 
 def build_model(arch: str, weights: str, num_classes: int, input: Input, seed: int) -> Classifier:
     """A classifier with its initial weights: random, torchvision's by name, or from a file.
@@ -1181,16 +1244,16 @@ def build_model(arch: str, weights: str, num_classes: int, input: Input, seed: i
         say(f"{weights}: its head is for other classes, so {arch} starts with a random one")
     return model
 
-
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file; raises Problem if it cannot be read."""
+    """Metadata of a safetensors file, or a JSON file; raises Problem if it cannot be read."""
     try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise Problem(f"{path} cannot be read ({error}): if it is damaged, delete it and make it "
                       "again.") from error
-
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State dict and metadata of a weights file (.safetensors, or .pth without pickled code)."""
@@ -1204,12 +1267,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                       "hold a state_dict() alone.") from error
     return state.get("state_dict", state), {}
 
-
 def stored_input(metadata: Mapping[str, str]) -> Input:
     """What a model of grokd's was fed."""
     stored = json.loads(metadata["input"])
     return Input(stored["input_size"], tuple(stored["mean"]), tuple(stored["std"]))
-
 
 def load_model(path: Path, device: torch.device | str = "cpu",
                store: Store | None = None) -> Classifier:
@@ -1225,7 +1286,6 @@ def load_model(path: Path, device: torch.device | str = "cpu",
     model.load_plain(state, str(path))
     return model.to(device).eval().requires_grad_(False)
 
-
 def fold(model: Classifier) -> Classifier:
     """The same frozen function, faster: batch norm folded into convolutions, channels last."""
     from torch.fx.experimental.optimization import fuse
@@ -1237,7 +1297,6 @@ def fold(model: Classifier) -> Classifier:
         model.trunk = fuse(model.trunk)
     return model.to(memory_format=torch.channels_last)
 
-
 def trunk_key(model: Classifier) -> str:
     """Identifies a trunk by content: models that differ only in the head share it."""
     if model.folded_from:
@@ -1246,9 +1305,7 @@ def trunk_key(model: Classifier) -> str:
     told = [model.arch, dataclasses.asdict(model.input)]
     return digest(told, *(v.cpu().numpy().tobytes() for v in state.values()))
 
-
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
-
 
 def layer_paths(model: Classifier, side: int) -> dict[str, str]:
     """Paths of the modules that put out layer1, layer2 ... and pooled, for images of side `side`.
@@ -1278,14 +1335,12 @@ def layer_paths(model: Classifier, side: int) -> dict[str, str]:
             hook.remove()
     return dict(sorted(paths.items())) | {"pooled": "trunk"}
 
-
 def look(model: Classifier, side: int) -> None:
     """Let one black image go by, for the hooks."""
     mode = model.training
     with torch.no_grad():
         model.eval().features(torch.zeros(1, 3, side, side, device=model.mean.device))
     model.train(mode)
-
 
 def as_map(output: Any) -> Tensor:
     """A layer's output as [B, d, h, w]: transformers' tokens as a grid, vectors as 1 x 1."""
@@ -1296,7 +1351,6 @@ def as_map(output: Any) -> Tensor:
     elif output.ndim == 4 and output.shape[2] != output.shape[3]:  # channels last, as Swin's
         output = output.permute(0, 3, 1, 2)
     return output if output.ndim == 4 else output[:, :, None, None]
-
 
 class Tap:
     """Outputs of layers, kept as a forward pass goes by: name -> [B, d, h, w], pooled [B, d, 1, 1].
@@ -1324,7 +1378,6 @@ class Tap:
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self.maps[name] = as_map(output)
 
-
 def encode(
     trunks: Mapping[str, Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
     view: int | None = None, seed: int = 0, own: Sequence[int] | None = None,
@@ -1340,7 +1393,6 @@ def encode(
         images = store.view(indices[part], runtime.device, view, seed)
         with torch.no_grad():
             yield block, part, {key: model.features(images) for key, model in trunks.items()}
-
 
 def predict(models: Sequence[Classifier], store: Store, indices: np.ndarray,
             runtime: Runtime) -> Tensor:
@@ -1359,11 +1411,9 @@ def predict(models: Sequence[Classifier], store: Store, indices: np.ndarray,
         model.train(mode)
     return runtime.sum(logits.to(runtime.device)).cpu()
 
-
 def target_bytes(rows: int, row_bytes: int) -> int:
     """Size of the cached targets of one model and view, checksums included."""
     return 4 * math.ceil(rows / BLOCK) + row_bytes * rows
-
 
 class Targets:
     """Logits of frozen models for every training image of a view, kept on disk.
@@ -1474,25 +1524,19 @@ class Targets:
         return [torch.from_numpy(known[key][positions].astype(np.float32))[:, :, None, None]
                 .to(self.runtime.device, non_blocking=True) for key in self.trunk_keys]
 
-
-# --------------------------------------------------------------------------------------------------
-# Objectives: losses, AGRE weights
-# --------------------------------------------------------------------------------------------------
+# ---- Objectives: losses, AGRE weights ------------------------------------------------------------
 
 # float32 logits may be finite and so large that their differences are not; nothing real is
 # anywhere near, and beyond this bound every softmax is one-hot already.
 LARGEST_LOGIT = 1e15
 
-
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Per-sample cross-entropy [B] of logits [B, C] with labels [B], or shares of them [B, C]."""
     return F.cross_entropy(logits, labels, reduction="none")
 
-
 def gce(logits: Tensor, labels: Tensor, q: float) -> Tensor:
     """Generalised cross-entropy (1 - p_y^q) / q per sample [B] (Zhang 2018; LfF, Nam 2020)."""
     return (1 - torch.exp(-q * cross_entropy(logits, labels))) / q
-
 
 def kd_losses(student: Tensor, targets: Tensor, tau: float) -> Tensor:
     """tau^2 KL(p_t || p_s) per teacher and sample (Hinton 2015; AGRE-KD's l_t).
@@ -1503,13 +1547,11 @@ def kd_losses(student: Tensor, targets: Tensor, tau: float) -> Tensor:
     p = F.softmax(targets.clamp(-LARGEST_LOGIT, LARGEST_LOGIT) / tau, -1)
     return tau**2 * F.kl_div(log_p.expand_as(p), p, reduction="none").sum(-1)
 
-
 def logit_gradients(student: Tensor, targets: Tensor, tau: float) -> Tensor:
     """p_s - p_t in float64: the gradient of `kd_losses` with respect to the logits, over tau."""
     bound = LARGEST_LOGIT
     p_s = F.softmax(student.detach().double().clamp(-bound, bound) / tau, -1)
     return p_s - F.softmax(targets.detach().double().clamp(-bound, bound) / tau, -1)
-
 
 def agre_weights(
     student: Tensor, teachers: Tensor, biased: Tensor, tau: float, normalise: bool = True,
@@ -1548,7 +1590,6 @@ def agre_weights(
     weights = torch.where(weights < 1e-5, 0, weights).clamp(max=2)
     return torch.where(nil, 1, weights)
 
-
 def ae_kd_weights(student: Tensor, teachers: Tensor, tau: float, total: int,
                   reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """AE-KD's weights [M]: min |sum_t alpha_t g_t|^2, sum alpha = 1, 0 <= alpha <= .6 (Du 2020).
@@ -1570,7 +1611,6 @@ def ae_kd_weights(student: Tensor, teachers: Tensor, tau: float, total: int,
     alpha[svm.support_] = svm.dual_coef_[0]
     return torch.from_numpy(alpha / alpha.sum()).to(student.device)
 
-
 def eb_kd_weights(teachers: Tensor) -> Tensor:
     """EB-KD's weights (1 - H_t / sum H) / (M - 1) [M, B], H the entropy (Kwon 2020), of [M, B, C].
 
@@ -1580,7 +1620,6 @@ def eb_kd_weights(teachers: Tensor) -> Tensor:
     total = entropy.sum(0)
     return torch.where((total > 0) & (len(teachers) > 1), 1 - entropy / total.clamp(min=1e-300), 1)
 
-
 def ca_mkd_weights(teachers: Tensor, labels: Tensor) -> Tensor:
     """CA-MKD's weights (1 - softmax_t(CE_t)) / (M - 1) [M, B] (Zhang 2022), up to the constant.
 
@@ -1589,14 +1628,12 @@ def ca_mkd_weights(teachers: Tensor, labels: Tensor) -> Tensor:
     losses = torch.stack([cross_entropy(each, labels) for each in logits])
     return 1 - losses.softmax(0) if len(teachers) > 1 else torch.ones_like(losses)
 
-
 def teacher_shares(weights: Tensor, zero: str = "uniform", shrink: float = 0.0) -> Tensor:
     """Weights [M, B] as shares that sum to 1 over teachers; all 0 for a dropped sample."""
     weights = (1 - shrink) * weights + shrink
     total = weights.sum(0)
     fallback = 1 / len(weights) if zero == "uniform" else 0.0
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1), fallback)
-
 
 def weighted_kd(
     student: Tensor, teachers: Tensor, shares: Tensor, tau: float, combine: str = "losses"
@@ -1610,7 +1647,6 @@ def weighted_kd(
         return (shares * kd_losses(student, teachers, tau)).sum(0)
     mean = (shares.unsqueeze(-1) * teachers).sum(0)
     return kd_losses(student, mean, tau) * (shares.sum(0) > 0)
-
 
 def logit_gram(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample logits [B, C] and K = J J^T [B, C, C] over all parameters, in eval mode.
@@ -1641,7 +1677,6 @@ def logit_gram(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     model.train(was_training)
     return torch.cat(outputs), torch.cat(grams)
 
-
 def batch_weights(
     logits: Tensor, teachers: Tensor, biased: Tensor, parameters: Sequence[Tensor], tau: float,
     normalise: bool, total: int, reduce: Callable[[Tensor], Tensor],
@@ -1663,7 +1698,6 @@ def batch_weights(
         inner = torch.where(norms > 0, inner / norms.clamp(min=1e-300), 0)
     return (1 - inner).clamp(min=0.01)
 
-
 class Batch(NamedTuple):
     """What an objective sees of one step: this process's part of a total batch."""
 
@@ -1676,7 +1710,6 @@ class Batch(NamedTuple):
     step: int
     runtime: Runtime
 
-
 @dataclass(frozen=True)
 class Objective:
     """Per-sample losses [b] with figures to log, and what to prepare before a view is trained on.
@@ -1688,19 +1721,13 @@ class Objective:
     prepare: Callable[[int], None] = lambda view: None
     attach: Callable[[Classifier], None] = lambda model: None  # before the network is trained
 
-
 def erm_objective() -> Objective:
     return Objective(lambda batch: (cross_entropy(batch.logits, batch.labels), {}))
-
 
 def gce_objective(q: float) -> Objective:
     return Objective(lambda batch: (gce(batch.logits, batch.labels, q), {}))
 
-
-# --------------------------------------------------------------------------------------------------
-# Feature distillation
-# --------------------------------------------------------------------------------------------------
-
+# ---- Feature distillation ------------------------------------------------------------------------
 
 class FeatureLoss:
     """sum_l gamma_l L_l [b]: a student's layers against its teachers' (METHODS 6).
@@ -1830,7 +1857,6 @@ class FeatureLoss:
                                  for a, f in zip(adapted, teachers, strict=True)])
         return (shares * distances).sum(0), own_loss
 
-
 def feature_agre(adapted: Sequence[Tensor], teachers: Sequence[Tensor], adapted_b: Tensor,
                  biased: Tensor, adapters: Sequence[Tensor] | None = None) -> Tensor:
     """AGRE weights [M, b] of a layer: 1 - cos of the pulls A_t f_s - f_t and A_b f_s - f_b (ours).
@@ -1851,12 +1877,10 @@ def feature_agre(adapted: Sequence[Tensor], teachers: Sequence[Tensor], adapted_
     weights = torch.where(weights < 1e-5, 0, weights).clamp(max=2)
     return torch.where(torch.stack(nil) | nil_b, 1, weights)
 
-
 def disagreement(features: Tensor) -> Tensor:
     """Variance over teachers of [M, b, d, h, w], meaned over dimensions: a weight per sample
     [b, 1, 1, 1], to be divided by its mean over the batch (the course project's text)."""
     return features.var(0).mean((1, 2, 3), keepdim=True)
-
 
 def agreement(features: Tensor) -> Tensor:
     """1 / (variance over teachers + 1e-6) of [M, b, d, h, w]: weights [b, d, h, w], of mean 1 in
@@ -1864,11 +1888,9 @@ def agreement(features: Tensor) -> Tensor:
     weights = 1 / (features.var(0) + 1e-6)
     return weights / weights.mean((1, 2, 3), keepdim=True)
 
-
 def attention(features: Tensor) -> Tensor:
     """Attention map vec(mean_c F^2) / |.|_2, [b, h w] of [b, d, h, w] (Zagoruyko 2017)."""
     return F.normalize(features.square().mean(1).flatten(1), dim=1)
-
 
 def info_nce(student: Tensor, teacher: Tensor, first: int = 0) -> Tensor:
     """-log exp(s_i t_i / .07) / sum_j exp(s_i t_j / .07), [b], of unit vectors [b, k] and [B, k].
@@ -1876,7 +1898,6 @@ def info_nce(student: Tensor, teacher: Tensor, first: int = 0) -> Tensor:
     `first` is the place of the student's first sample in the teacher's whole batch."""
     places = torch.arange(len(student), device=student.device) + first
     return cross_entropy(student @ teacher.T / 0.07, places.clamp(max=len(teacher) - 1))
-
 
 def gather_rows(rows: Tensor, batch: Batch) -> tuple[Tensor, int]:
     """Rows [b, k] of all processes that share the batch, with gradient; where one's own begin."""
@@ -1888,7 +1909,6 @@ def gather_rows(rows: Tensor, batch: Batch) -> tuple[Tensor, int]:
     counts = [len(range(r, batch.total, world)) for r in range(world)]  # batch[rank::world]
     parts = collective.all_gather(F.pad(rows, (0, 0, 0, counts[0] - len(rows))))
     return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]), sum(counts[:rank])
-
 
 def distill_objective(settings: Distill, targets: Targets | None, seed: int,
                       features: FeatureLoss | None = None) -> Objective:
@@ -1938,11 +1958,332 @@ def distill_objective(settings: Distill, targets: Targets | None, seed: int,
     prepare = targets.prepare if settings.train.mix == "none" else lambda view: None
     return Objective(losses, prepare, features.attach if features else lambda model: None)
 
+# ---- Generator and guided generation (ConfiG) ----------------------------------------------------
 
-# --------------------------------------------------------------------------------------------------
-# Head refitting (DFR)
-# --------------------------------------------------------------------------------------------------
+def noise_like(shape: Sequence[int], dtype: torch.dtype, *keys: int) -> Tensor:
+    """Normal noise, a function of the keys alone."""
+    source = torch.Generator().manual_seed(int(hash_bits(*keys)[0] >> np.uint64(1)))
+    return torch.randn(tuple(shape), generator=source, dtype=dtype)
 
+class Generator:
+    """A differentiable map from latents and classes to images, on a diffusers pipeline.
+
+    Pixel-space UNet2DModel, with classes or without, or Stable Diffusion with a prompt for each
+    class. Everything about a sample is a function of its key. Raises Problem for other pipelines.
+    """
+
+    LEVELS = (0.1, 0.3, 0.5)  # noise levels of the realism test, as shares of all timesteps
+
+    def __init__(self, source: str, settings: Augment, class_names: Sequence[str], size: int,
+                 runtime: Runtime) -> None:
+        import diffusers
+
+        diffusers.utils.logging.set_verbosity_error()
+        self.settings, self.size, self.device = settings, size, runtime.device
+        self.dtype, self.evaluations = runtime.dtype, 0
+        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+        def ready(network: nn.Module) -> Any:  # frozen, in the generator's own precision
+            dtype = half.get(runtime.precision, runtime.dtype)
+            return network.to(runtime.device, dtype).eval().requires_grad_(False)
+
+        try:
+            name = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
+            if name not in ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline"):
+                raise Problem(f"Generator {source} is a {name}: it must be Stable Diffusion 1.x, "
+                              "2.x or SD-Turbo, or a DDPMPipeline of a UNet2DModel.")
+            self.latent, extra = name == "StableDiffusionPipeline", {}
+            if self.latent:
+                if not importlib.util.find_spec("transformers"):
+                    raise Problem(f"Generator {source} needs the package transformers: install "
+                                  "grokd with its extra sd (uv sync --extra sd).")
+                extra = {"safety_checker": None, "requires_safety_checker": False}
+            pipe = getattr(diffusers, name).from_pretrained(source, **extra)
+        except (OSError, ValueError) as error:
+            told = str(error).strip().splitlines()[0]
+            raise Problem(f"Generator {source} could not be loaded ({told}): give a folder with a "
+                          "diffusers pipeline, or a hub id with a network.") from error
+        kind = pipe.scheduler
+        if settings.scheduler and settings.scheduler != type(kind).__name__:
+            if not hasattr(diffusers, settings.scheduler):
+                raise Problem(f"diffusers has no scheduler {settings.scheduler!r}.")
+            kind = getattr(diffusers, settings.scheduler).from_config(kind.config)
+        self.scheduler, self.noising = kind, diffusers.DDPMScheduler.from_config(kind.config)
+        self.unet = ready(pipe.unet)
+        side, self.scale, self.text = int(self.unet.config.sample_size), 1.0, None
+        self.vae = ready(pipe.vae) if self.latent else None
+        if self.latent:
+            self.scale = pipe.vae.config.scaling_factor
+            side *= 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+            prompts = [*(settings.prompt.format(name) for name in class_names), ""]
+            tokens = pipe.tokenizer(prompts, padding="max_length", truncation=True,
+                                    max_length=pipe.tokenizer.model_max_length,
+                                    return_tensors="pt")
+            self.text = ready(pipe.text_encoder)(tokens.input_ids.to(self.device))[0]
+        self.side = side
+        total = math.ceil(settings.steps / settings.strength)
+        if total > len(self.noising.timesteps):
+            raise Problem(f"{settings.steps} steps at strength {settings.strength} are more than "
+                          f"the generator's {len(self.noising.timesteps)} timesteps.")
+        self.scheduler.set_timesteps(total, device=self.device)
+        self.total, self.first = total, total - settings.steps
+
+    def predict(self, x: Tensor, t: Any, labels: Tensor) -> Tensor:
+        """The network's prediction at timestep t (or one per sample), for classes [b]."""
+        x, more = x.to(self.unet.dtype), {}
+        if self.text is not None:
+            more["encoder_hidden_states"] = self.text[labels]
+        elif self.unet.config.num_class_embeds:
+            more["class_labels"] = labels
+        out = self.unet(x, t, **more).sample
+        if self.text is not None and self.settings.guidance_scale != 1:
+            more["encoder_hidden_states"] = self.text[torch.full_like(labels, -1)]
+            plain = self.unet(x, t, **more).sample
+            out = plain + self.settings.guidance_scale * (out - plain)
+        return out.to(self.dtype)
+
+    def encode(self, raw: np.ndarray) -> Tensor:
+        """Stored images, uint8 [b, 3, S, S], as the generator's clean latents."""
+        x = torch.from_numpy(raw).to(self.device, self.dtype) / 127.5 - 1
+        if x.shape[-1] != self.side:
+            x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
+        if self.vae is None:
+            return x
+        with torch.no_grad():
+            return self.scale * self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode().to(x.dtype)
+
+    def begin(self, raw: np.ndarray, *key: int) -> Tensor:
+        """The latent to start from, [1, ...], of one stored image [1, 3, S, S]."""
+        clean = self.encode(raw)
+        noise = noise_like(clean.shape, self.dtype, *key).to(self.device)
+        if self.settings.strength == 1:
+            return noise * self.scheduler.init_noise_sigma
+        return self.scheduler.add_noise(clean, noise, self.scheduler.timesteps[self.first][None])
+
+    def images(self, z: Tensor, labels: Tensor, keys: Sequence[int]) -> Tensor:
+        """Images [b, 3, S, S] in 0..1 of latents [b, ...] and classes [b]; each step is
+        checkpointed, so memory does not grow with their number."""
+        from torch.utils.checkpoint import checkpoint
+
+        self.scheduler.set_timesteps(self.total, device=self.device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(self.first)
+        more = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            more["generator"] = [torch.Generator(self.device).manual_seed(key) for key in keys]
+        for t in self.scheduler.timesteps[self.first :]:
+            scaled = self.scheduler.scale_model_input(z, t)
+            noise = checkpoint(self.predict, scaled, t, labels, use_reentrant=False)
+            z = self.scheduler.step(noise, t, z, **more).prev_sample
+        self.evaluations += len(labels) * self.settings.steps
+        if self.vae is not None:
+            z = self.vae.decode((z / self.scale).to(self.vae.dtype)).sample.to(self.dtype)
+        images = (z / 2 + 0.5).clamp(0, 1)
+        if self.side != self.size:
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        return images
+
+    def realism(self, raw: np.ndarray, labels: Tensor) -> Tensor:
+        """Mean denoising loss [b] of stored images over a few noise levels: lower is more real."""
+        clean, losses = self.encode(raw), []
+        for level in self.LEVELS:
+            t = torch.tensor([int(level * len(self.noising.timesteps))], device=self.device)
+            noise = noise_like(clean.shape[1:], self.dtype, 9, int(t)).to(self.device)
+            noise = noise.expand_as(clean)
+            target = noise
+            if self.noising.config.prediction_type == "v_prediction":
+                target = self.noising.get_velocity(clean, noise, t)
+            elif self.noising.config.prediction_type == "sample":
+                target = clean
+            with torch.no_grad():
+                noisy = self.noising.add_noise(clean, noise, t)
+                out = self.predict(noisy, t.expand(len(clean)), labels)
+            losses.append((out - target).square().flatten(1).mean(1))
+        self.evaluations += len(labels) * len(self.LEVELS)
+        return torch.stack(losses).mean(0)
+
+def guidance(teachers: Tensor, student: Tensor, labels: Tensor, objective: str,
+             gamma: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The two terms of J, [b] each: teachers' (logits [M, b, C]) and student's ([b, C]).
+
+    power: t^gamma and (1 - f)^gamma (second-hand: gamma 2); log: log t, log(1 - f); margin: the
+    class's logit above the best other one, averaged over teachers, and its negative for the
+    student. t is the mean of the teachers' softmax at tau 1.
+    """
+    place = labels[:, None]
+    log_t = torch.logsumexp(teachers.log_softmax(-1), 0) - math.log(len(teachers))  # [b, C]
+    log_f, others = student.log_softmax(-1), ~F.one_hot(labels, student.shape[-1]).bool()
+    if objective == "margin":
+        margins = [z.gather(1, place)[:, 0] - z.masked_fill(~others, -math.inf).amax(1)
+                   for z in (*teachers, student)]
+        return torch.stack(margins[:-1]).mean(0), -margins[-1]
+    t = log_t.gather(1, place)[:, 0]
+    not_f = log_f.masked_fill(~others, -math.inf).logsumexp(1)
+    return (t, not_f) if objective == "log" else ((gamma * t).exp(), (gamma * not_f).exp())
+
+class Judge:
+    """Teachers, student and realism threshold: what guides the generator, and what it must pass."""
+
+    def __init__(self, teachers: Sequence[Classifier], student: Classifier, store: Store,
+                 settings: Augment) -> None:
+        self.teachers, self.student, self.settings = teachers, student, settings
+        self.threshold, self.crop = math.inf, store.data.crop
+
+    def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Teachers' [M, b, C] and student's [b, C] logits of images [b, 3, S, S] in 0..1."""
+        start = (images.shape[-1] - self.crop) // 2
+        images = images[:, :, start : start + self.crop, start : start + self.crop]
+        return torch.stack([model(images) for model in self.teachers]), self.student(images)
+
+    def scores(self, raw: np.ndarray, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of stored images, [b] each: t_y, f_y, J, and whether the teachers' argmax is right."""
+        with torch.no_grad():
+            images = torch.from_numpy(raw).to(self.student.head.weight) / 255
+            teachers, student = self.logits(images)
+        terms = guidance(teachers, student, labels, self.settings.objective, self.settings.gamma)
+        t, f, place = teachers.softmax(-1).mean(0), student.softmax(-1), labels[:, None]
+        right = t.argmax(1) == labels
+        return t.gather(1, place)[:, 0], f.gather(1, place)[:, 0], terms[0] + terms[1], right
+
+    def gradient(self, images: Tensor, labels: Tensor, keys: Sequence[int],
+                 iterations: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """dJ/dimages, and each sample's terms and their gradients' norms; cutouts and noise are
+        functions of key and iteration."""
+        settings, size = self.settings, images.shape[-1]
+        shown = images.detach().to(self.student.head.weight.dtype).requires_grad_()
+        views = [shown]
+        for cut in range(settings.cutouts):
+            draws = [hash_uniform(key, i, cut, np.arange(3)) for key, i
+                     in zip(keys, iterations, strict=True)]
+            sides = [round(size * (0.6 + 0.4 * u)) for u, _, _ in draws]
+            corners = [(int(v * (size - s + 1)), int(w * (size - s + 1))) for s, (_, v, w)
+                       in zip(sides, draws, strict=True)]
+            views.append(torch.cat([
+                F.interpolate(shown[n : n + 1, :, y : y + s, x : x + s], (size, size),
+                              mode="bilinear", antialias=True)
+                for n, (s, (x, y)) in enumerate(zip(sides, corners, strict=True))]))
+        terms = []
+        for number, view in enumerate(views):
+            if settings.noise:
+                noise = [noise_like(view.shape[1:], view.dtype, key, i, number, 5)
+                         for key, i in zip(keys, iterations, strict=True)]
+                view = view + settings.noise * torch.stack(noise).to(view.device)
+            found = self.logits(view)
+            terms.append(torch.stack(guidance(*found, labels, settings.objective, settings.gamma)))
+        mean = torch.stack(terms).mean(0)  # [2, b]
+        of_t = torch.autograd.grad(mean[0].sum(), shown, retain_graph=True)[0]
+        of_f = torch.autograd.grad(mean[1].sum(), shown)[0]
+        figures = {"teacher_term": mean[0].detach(), "student_term": mean[1].detach(),
+                   "teacher_gradient": of_t.flatten(1).norm(dim=1),
+                   "student_gradient": of_f.flatten(1).norm(dim=1)}
+        return of_t + of_f, figures
+
+@dataclass
+class Sample:
+    """One image on its way."""
+
+    source: int  # place in the store
+    key: int
+    label: int
+    z: Tensor  # [...]
+    norm: float  # of the first latent
+    state: list[Tensor]  # the optimiser's moments
+    iteration: int = 0
+    before: tuple[float, float] = (0.0, 0.0)  # confidences of teachers and student at first
+    best: dict[str, Any] = field(default_factory=dict)
+
+def climb(sample: Sample, gradient: Tensor, settings: Augment) -> None:
+    """One step of a sample's latent up its gradient."""
+    z, size = sample.z, settings.step_size
+    if settings.norm == "regularise":  # ReNO: .01 (|z|^2 / 2 - (d - 1) log |z|), to be minimised
+        gradient = gradient - 0.01 * (z - (z.numel() - 1) * z / z.square().sum())
+    first, second = sample.state
+    if settings.optimizer == "adam":
+        first.mul_(0.9).add_(0.1 * gradient)
+        second.mul_(0.999).add_(0.001 * gradient.square())
+        t = sample.iteration + 1
+        step = size * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+    elif settings.optimizer == "nesterov":  # momentum .9, gradient norm at most .1
+        gradient = gradient * (0.1 / gradient.norm().clamp(min=0.1))
+        first.mul_(0.9).add_(gradient)
+        step = size * (gradient + 0.9 * first)
+    else:
+        step = size * z.norm() * gradient / gradient.norm().clamp(min=1e-12)
+    z = z + step
+    sample.z = z * (sample.norm / z.norm()) if settings.norm == "keep" else z
+
+def generate(generator: Generator, judge: Judge, store: Store, sources: Sequence[int], seed: int,
+             log: Callable[[dict[str, Any]], None] = lambda figures: None
+             ) -> Iterator[dict[str, Any]]:
+    """A record for every source, as soon as it passes or its budget is spent; its `image` is uint8
+    [3, S, S]. Samples in flight go on together, and a new one takes the place of each that leaves.
+
+    A sample passes with its first iterate whose 8-bit image has argmax t = y, t_y >= min_teacher,
+    f_y <= max_student and a denoising loss within the threshold. Not guided: the first iterate.
+    """
+    settings, queue, flight = judge.settings, list(sources)[::-1], list[Sample]()
+    while queue or flight:
+        while queue and len(flight) < settings.in_flight:
+            source = queue.pop()
+            key = int(hash_bits(seed, source)[0] >> np.uint64(2))
+            z = generator.begin(store.raw(np.array([source])), key)[0]
+            flight.append(Sample(source, key, int(store.labels[source]), z, float(z.norm()),
+                                 [torch.zeros_like(z), torch.zeros_like(z)]))
+        keys, rounds = [s.key for s in flight], [s.iteration for s in flight]
+        labels = torch.tensor([s.label for s in flight], device=generator.device)
+        z = torch.stack([s.z for s in flight])
+        with torch.set_grad_enabled(settings.guided and settings.iterations > 0):
+            z.requires_grad_(torch.is_grad_enabled())
+            images = generator.images(z, labels, keys)
+        raw = (images.detach() * 255).round().to(torch.uint8).cpu().numpy()
+        t, f, score, passes = judge.scores(raw, labels)
+        passes &= (t >= settings.min_teacher) & (f <= settings.max_student)
+        passes |= not settings.guided
+        loss = torch.full_like(t, math.nan)
+        if settings.realism < 1 and passes.any():
+            loss[passes] = generator.realism(raw[passes.cpu().numpy()], labels[passes]).to(loss)
+            if settings.guided:
+                passes &= ~(loss > judge.threshold)
+        rows = torch.stack([v.double() for v in (passes, t, f, score, loss)], 1).tolist()
+        for n, (sample, (passed, t_y, f_y, j, real)) in enumerate(zip(flight, rows, strict=True)):
+            sample.before = (t_y, f_y) if not sample.iteration else sample.before
+            if passed or j > sample.best.get("score", -math.inf):
+                sample.best = {
+                    "score": j, "accepted": bool(passed), "source": sample.source,
+                    "label": sample.label, "seed": seed, "iterations": sample.iteration,
+                    "teacher_before": sample.before[0], "student_before": sample.before[1],
+                    "teacher": t_y, "student": f_y, "realism": real, "image": raw[n].copy()}
+        done = [bool(s.best["accepted"]) or s.iteration >= settings.iterations for s in flight]
+        figures: dict[str, Any] = {}
+        if not all(done):
+            upward, figures = judge.gradient(images, labels, keys, rounds)
+            gradient = torch.autograd.grad(images, z, upward.to(images))[0]
+            for sample, own, over in zip(flight, gradient, done, strict=True):
+                if not over:
+                    climb(sample, own, settings)
+                sample.iteration += 1
+        log({k: float(v.mean()) for k, v in figures.items()})
+        yield from (s.best for s, over in zip(flight, done, strict=True) if over)
+        flight = [s for s, over in zip(flight, done, strict=True) if not over]
+
+def pick_sources(settings: Augment, probabilities: Tensor, labels: np.ndarray) -> np.ndarray:
+    """Places in the training set [K] to start from, by the student's softmax [N, C]."""
+    p = probabilities.double().numpy()
+    own = p[np.arange(len(labels)), labels]
+    order = np.argsort(p.max(1) if settings.sources == "least-certain" else own, kind="stable")
+    if settings.sources == "most-confident":
+        order = order[::-1]
+    elif settings.sources == "misclassified":
+        order = order[p.argmax(1)[order] != labels[order]]
+    count = settings.count or round(settings.share * len(labels))
+    if settings.sources in ("all", "misclassified"):
+        count = settings.count or len(order)
+    if settings.balanced:
+        each = [order[labels[order] == y] for y in np.unique(labels)]
+        return np.concatenate([members[: count // len(each)] for members in each])
+    return order[:count]
+
+# ---- Head refitting (DFR) ------------------------------------------------------------------------
 
 def balanced_subset(groups: np.ndarray, *keys: int) -> np.ndarray:
     """Random places in `groups`: of each group as many as the smallest has."""
@@ -1951,11 +2292,9 @@ def balanced_subset(groups: np.ndarray, *keys: int) -> np.ndarray:
     size = min(map(len, members))
     return np.sort(np.concatenate([m[:size] for m in members]))
 
-
 def worst_group(correct: np.ndarray, groups: np.ndarray) -> float:
     """Smallest accuracy of a group, over the groups present."""
     return min(float(correct[groups == g].mean()) for g in np.unique(groups))
-
 
 def dfr_l1(
     features: np.ndarray, labels: np.ndarray, groups: np.ndarray, settings: DFR, seed: int
@@ -2011,7 +2350,6 @@ def dfr_l1(
         weight, bias = np.stack([-weight[0], weight[0]]) / 2, np.stack([-bias[0], bias[0]]) / 2
     return weight, bias
 
-
 def dfr_sgd(
     features: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_classes: int, settings: DFR,
     train: Train, seed: int,
@@ -2039,7 +2377,6 @@ def dfr_sgd(
             optimizer.step()
     return head.weight.detach().numpy(), head.bias.detach().numpy()
 
-
 def refit_head(
     model: Classifier, store: Store, settings: DFR, train: Train, seed: int, runtime: Runtime
 ) -> None:
@@ -2066,11 +2403,7 @@ def refit_head(
         model.head.weight.copy_(torch.from_numpy(weight))
         model.head.bias.copy_(torch.from_numpy(bias))
 
-
-# --------------------------------------------------------------------------------------------------
-# Metrics and tables
-# --------------------------------------------------------------------------------------------------
-
+# ---- Metrics and tables --------------------------------------------------------------------------
 
 def group_scores(
     correct: np.ndarray, groups: np.ndarray, train_counts: np.ndarray
@@ -2094,17 +2427,14 @@ def group_scores(
             "group_mean": float(accuracy.mean()),
             "adjusted_mean": float((accuracy * shares).sum() / shares.sum()), "groups": by_group}
 
-
 def majority_vote(logits: Tensor) -> np.ndarray:
     """Class most of the models [M, N, C] name, [N]; ties go to the higher mean probability."""
     votes = F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
     return (votes + 0.5 * logits.float().softmax(-1).mean(0)).argmax(-1).numpy()
 
-
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (ddof = 1; None for a single value)."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned Markdown table: the first column to the left, the others to the right."""
@@ -2119,16 +2449,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (w + 1) + ":" for w in widths[1:]]) + "|"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
 
-
 COLUMNS = {"wga": "WGA", "mean": "mean", "group_mean": "group mean",
            "adjusted_mean": "adjusted mean"}
-
 
 def score_cells(scores: Mapping[str, Any]) -> list[str]:
     """One model's averages and group accuracies, for a table."""
     values = [*(scores[key] for key in COLUMNS), *scores["groups"]]
     return ["–" if value is None else f"{value:.1f}" for value in values]
-
 
 def summary_table(results: Mapping[str, Any]) -> str:
     """The table of results.json: a row per kind of model, mean ± std over its members."""
@@ -2164,11 +2491,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
         rows.append(line)
     return table(header, rows)
 
-
-# --------------------------------------------------------------------------------------------------
-# Run directory: artefacts, checkpoints
-# --------------------------------------------------------------------------------------------------
-
+# ---- Run directory: artefacts, checkpoints -------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
 class Artefact:
@@ -2190,11 +2513,9 @@ class Artefact:
             return ""
         return changed(json.loads(metadata.get("settings", "{}")), self.settings)
 
-
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What to say of a file made with other settings."""
     return f"was made with other settings (old → new): {differences(old, new)}"
-
 
 @dataclass(frozen=True)
 class Context:
@@ -2207,6 +2528,8 @@ class Context:
     runtime: Runtime
     common: Common
     makes: Sequence[str]  # the stages that the command makes; others are as they were made
+    known: Mapping[str, Distill]  # students and sets that others may refer to
+    known_sets: Mapping[str, Augment]
 
     def data_settings(self) -> dict[str, Any]:
         """What models depend on of the data: the images themselves, and how they are cropped."""
@@ -2217,7 +2540,8 @@ class Context:
 
     def _artefact(self, path: str, settings: dict[str, Any], **own: Any) -> Artefact:
         settings = {k: v for k, v in settings.items() if k != "checkpoint_minutes"} | own
-        settings["weights"] = identify(settings["weights"])
+        if "weights" in settings:
+            settings["weights"] = identify(settings["weights"])
         file, precision = self.out / path, self.runtime.precision
         if path.split("/")[0] not in self.makes and file.is_file():
             made = json.loads(read_metadata(file).get("settings", "{}"))
@@ -2251,10 +2575,65 @@ class Context:
 
     def student(self, name: str, seed: int) -> Artefact:
         """A student of the recipe."""
-        student = self.recipe.students[name]
+        student = self.recipe.students.get(name) or self.known[name]
         parents = {f"parent {key}": a.fingerprint for key, a in self.ensemble(student)}
+        if student.augmented:
+            parents["parent images"] = self.augmented(student.augmented, seed).fingerprint
+        if student.start:
+            parents["parent start"] = self.student(student.start, seed).fingerprint
+        if student.rebalance == "tab":
+            parents["parent helper"] = self.helper(student, seed).fingerprint
         path = f"students/{name}/seed{seed}/model.safetensors"
         return self._artefact(path, relevant(student), seed=seed, **parents)
+
+    def helper(self, student: Distill, seed: int) -> Artefact:
+        """The model whose loss histories TAB clusters."""
+        return self.student(student.helper, seed) if student.helper else self.bias()
+
+    def generator(self) -> Artefact:
+        """The recipe's own generator: a note beside its folder of a pipeline."""
+        return self._artefact("generator/done.json", flatten(self.recipe.diffusion))
+
+    def augmented(self, name: str, seed: int) -> Artefact:
+        """A set of generated images: the note that is written when it is complete."""
+        section = self.recipe.augments.get(name) or self.known_sets[name]
+        settings = {k: v for k, v in flatten(section).items() if k != "in_flight"}
+        parents = {f"parent teachers/{i}/dfr": self.teacher(i)[1].fingerprint
+                   for i in range(self.recipe.teachers.num_teachers)}
+        parents["parent student"] = self.student(section.student, seed).fingerprint
+        if not section.generator:
+            parents["parent generator"] = self.generator().fingerprint
+        if section.like:
+            parents["parent like"] = self.augmented(section.like, seed).fingerprint
+        path = f"augmented/{name}/seed{seed}/done.json"
+        return self._artefact(path, settings, seed=seed, **parents)
+
+    def training_store(self, student: Distill, seed: int) -> Store:
+        """The data a student is trained on: with generated images, rebalanced."""
+        store = self.store
+        if student.augmented:
+            done = self.require(self.augmented(student.augmented, seed), "augment")
+            with open(done.with_name("metadata.csv"), newline="") as file:
+                rows = list(csv.DictReader(file))
+            size, geometry = store.data.size, store.data.geometry
+            images = [decode(done.with_name(row["image"]), size, geometry) for row in rows]
+            labels = np.array([int(row["label"]) for row in rows])
+            store = enlarge(store, np.stack(images), labels, student.augmented_ratio)
+        train = store.split("train")
+        labels, within = store.labels[train], np.zeros(len(train), np.int64)
+        if student.rebalance == "groups":
+            return rebalanced(store, store.cells[train], within)
+        if student.rebalance == "classes":
+            return rebalanced(store, labels, within)
+        if student.rebalance == "tab":
+            path = self.require(self.helper(student, seed), "distill")
+            losses = load_file(path.with_name("model.losses.safetensors"))["losses"].numpy()
+            if losses.shape[1] != len(train) or not len(losses):
+                raise Problem(f"{path} was trained on {losses.shape[1]:,} images, the student that "
+                              f"it helps sees {len(train):,}: name a helper with the same "
+                              "`augmented` and no rebalance.")
+            return rebalanced(store, loss_clusters(losses, labels, seed), labels)
+        return store
 
     def ensemble(self, student: Distill) -> list[tuple[str, Artefact]]:
         """What a student learns from: its teachers, DFR ones first, then the biased model."""
@@ -2298,10 +2677,8 @@ class Context:
                           "flags belongs in the recipe.")
         return artefact.path
 
-
 FEATURES = ("layers", "feature_loss", "feature_weights", "feature_space", "adapters",
             "feature_dropout")  # settings that matter only with gamma
-
 
 def relevant(student: Distill) -> dict[str, Any]:
     """The settings that decide what a student becomes: a one-hot student has no temperature."""
@@ -2310,17 +2687,17 @@ def relevant(student: Distill) -> dict[str, Any]:
         unused += ["alpha", "tau", "combine", "num_teachers", "dfr_share"]
     if student.weighting == "one-hot" or not any(student.gamma):
         unused += ["gamma", *FEATURES]
+    unused += ["augmented_ratio"] * (not student.augmented)
+    unused += ["helper"] * (student.rebalance != "tab")
     if student.weighting != "agre":
         unused += ["space", "normalise"] + ["zero", "shrink"] * (not Context.needs_bias(student))
     return {k: v for k, v in flatten(student).items() if k not in unused}
-
 
 @functools.cache
 def identify(weights: str) -> str:
     """Initial weights by content if they are a file, else by name."""
     path = Path(weights)
     return f"{weights} {digest(path.read_bytes())}" if path.is_file() else weights
-
 
 def save_model(model: Classifier, artefact: Artefact, ctx: Context, scores: Any) -> None:
     """Write a finished model: torchvision's keys, and metadata to load, compare and cite it."""
@@ -2332,7 +2709,6 @@ def save_model(model: Classifier, artefact: Artefact, ctx: Context, scores: Any)
     }
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in described.items()}
     write_file(artefact.path, save(model.plain_state(), texts))
-
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     """Write a checkpoint folder under a temporary name, rename it, then drop older ones."""
@@ -2347,7 +2723,6 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
         if old != final:
             shutil.rmtree(old)
 
-
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest complete checkpoint, or None."""
     complete = sorted(path for path in folder.glob("*") if path.suffix != ".part")
@@ -2355,11 +2730,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         return None
     return torch.load(complete[-1] / "state.pt", map_location="cpu", weights_only=True)
 
-
-# --------------------------------------------------------------------------------------------------
-# Fit: one training loop for teachers, biased model and students
-# --------------------------------------------------------------------------------------------------
-
+# ---- Fit: one training loop for teachers, biased model and students ------------------------------
 
 def learning_rate(train: Train, step: int, steps_per_epoch: int) -> float:
     """Learning rate of a step (from 0), a plain function: linear warm-up, then the schedule."""
@@ -2370,7 +2741,6 @@ def learning_rate(train: Train, step: int, steps_per_epoch: int) -> float:
         return train.lr
     return train.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
-
 def validate(model: Classifier, store: Store, runtime: Runtime) -> dict[str, Any]:
     """Group scores on the selection part of validation (all of it where no part is left)."""
     indices = store.split("selection")
@@ -2378,7 +2748,6 @@ def validate(model: Classifier, store: Store, runtime: Runtime) -> dict[str, Any
     predicted = predict([model], store, indices, runtime)[0].argmax(-1).numpy()
     correct = predicted == store.labels[indices]
     return group_scores(correct, store.groups[indices], store.counts("train"))
-
 
 @dataclass
 class Progress:
@@ -2390,7 +2759,6 @@ class Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)  # figures of the epoch at work
     history: list[dict[str, Any]] = field(default_factory=list)  # figures of finished epochs
     best: dict[str, Any] = field(default_factory=dict)  # weights to keep, with select="best"
-
 
 def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefact, ctx: Context,
         runtime: Runtime, seed: int, stop_after: int | None = None) -> Progress:
@@ -2518,7 +2886,6 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
         model.load_state_dict(run.best["model"])
     return run
 
-
 def accumulate(model: Classifier, network: nn.Module, objective: Objective, train: Train,
                total: int, parts: list[tuple[np.ndarray, Tensor]], run: Progress, store: Store,
                view: int, seed: int, runtime: Runtime) -> Tensor:
@@ -2551,7 +2918,6 @@ def accumulate(model: Classifier, network: nn.Module, objective: Objective, trai
                 run.sums[name] = run.sums.get(name, 0) + value.detach().double().sum(-1)
     return images
 
-
 def build_optimizer(model: Classifier, train: Train, runtime: Runtime) -> Any:
     """SGD or AdamW over what is trained, prepared by accelerate (loss scaling in float16)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -2560,7 +2926,6 @@ def build_optimizer(model: Classifier, train: Train, runtime: Runtime) -> Any:
     if train.optimizer == "adamw":
         optimizer = torch.optim.AdamW(parameters, train.lr, weight_decay=train.weight_decay)
     return runtime.accelerator.prepare_optimizer(optimizer)
-
 
 def log_epoch(board: Any, entry: Mapping[str, Any], names: Sequence[str], speed: float) -> None:
     """One epoch's figures to TensorBoard."""
@@ -2575,7 +2940,6 @@ def log_epoch(board: Any, entry: Mapping[str, Any], names: Sequence[str], speed:
         if value is not None:
             board.add_scalar(name, value, entry["step"])
 
-
 def log_settings(board: Any, settings: Mapping[str, Any], last: Mapping[str, Any]) -> None:
     """The settings as a table, and as hyperparameters beside the last figures, in the same run."""
     from torch.utils.tensorboard.summary import hparams
@@ -2585,11 +2949,7 @@ def log_settings(board: Any, settings: Mapping[str, Any], last: Mapping[str, Any
     for summary in hparams(texts, {f"final/{k}": last[k] for k in (*COLUMNS, "loss")}):
         board.file_writer.add_summary(summary)
 
-
-# --------------------------------------------------------------------------------------------------
-# Commands
-# --------------------------------------------------------------------------------------------------
-
+# ---- Commands ------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def making(artefacts: Sequence[Artefact], runtime: Runtime) -> Iterator[None]:
@@ -2600,7 +2960,6 @@ def making(artefacts: Sequence[Artefact], runtime: Runtime) -> Iterator[None]:
                 locks.enter_context(locked(artefact.path.parent / ".lock"))
         yield
         runtime.wait()
-
 
 def train_and_save(section: Teachers | BiasModel | Distill, arch: str, weights: str,
                    objective: Objective, artefact: Artefact,
@@ -2637,7 +2996,6 @@ def train_and_save(section: Teachers | BiasModel | Distill, arch: str, weights: 
         shutil.rmtree(artefact.path.parent / "checkpoints", ignore_errors=True)
     runtime.wait()
 
-
 def run_teachers(ctx: Context) -> None:
     """Train the teachers (ERM), then refit their heads (DFR); print both by group."""
     section, store, rows = ctx.recipe.teachers, ctx.store, []
@@ -2664,7 +3022,6 @@ def run_teachers(ctx: Context) -> None:
     header = ["teacher", *COLUMNS.values(), *store.group_names]
     say(f"\nTeachers, validation ({part}), per cent:", table(header, rows), "")
 
-
 def run_bias_model(ctx: Context) -> None:
     """Train the biased model, or take a teacher's ERM parent."""
     section, artefact = ctx.recipe.bias_model, ctx.bias()
@@ -2689,7 +3046,6 @@ def run_bias_model(ctx: Context) -> None:
                            {artefact: None}, ctx, runtime, section.seed, stop_after)
     ctx.runtime.accelerator.wait_for_everyone()
 
-
 def run_distill(ctx: Context) -> None:
     """Train every student with every seed; those that differ only in the head are trained once."""
     jobs: dict[tuple[str, int], list[str]] = {}
@@ -2709,11 +3065,14 @@ def run_distill(ctx: Context) -> None:
                        if not ctx.finished(a)}
             if targets:
                 first, student = next(iter(students.items()))
-                objective = prepare_objective(ctx, student, runtime, frozen, seed)
-                train_and_save(student, student.arch, student.weights, objective, first, targets,
-                               ctx, runtime, seed)
+                own = replace(ctx, store=ctx.training_store(student, seed))
+                weights = student.weights
+                if student.start:
+                    weights = str(ctx.require(ctx.student(student.start, seed), "distill"))
+                objective = prepare_objective(own, student, runtime, frozen, seed)
+                train_and_save(student, student.arch, weights, objective, first, targets, own,
+                               runtime, seed)
     ctx.runtime.accelerator.wait_for_everyone()
-
 
 def prepare_objective(ctx: Context, student: Distill, runtime: Runtime,
                       frozen: dict[str, Classifier], seed: int) -> Objective:
@@ -2741,6 +3100,263 @@ def prepare_objective(ctx: Context, student: Distill, runtime: Runtime,
     features = FeatureLoss(student, targets, networks, pretrained, seed)
     return distill_objective(student, targets, seed, features)
 
+def train_generator(ctx: Context) -> Path:
+    """The recipe's generator, a DDPM of the stored training images (one process trains it): the
+    folder of a diffusers pipeline."""
+    artefact, section, store = ctx.generator(), ctx.recipe.diffusion, ctx.store
+    folder = artefact.path.with_name("pipeline")
+    with making([artefact], replace(ctx.runtime, shared=ctx.runtime.accelerator.num_processes > 1)):
+        if ctx.finished(artefact) or not ctx.runtime.accelerator.is_main_process:
+            return folder
+        from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+        from diffusers.training_utils import EMAModel
+
+        widths, device, indices = section.widths, ctx.runtime.device, store.split("train")
+        if store.data.size % 2 ** (len(widths) - 1):
+            raise Problem(f"diffusion.widths has {len(widths)} levels, so Data.size must be a "
+                          f"multiple of {2 ** (len(widths) - 1)}, not {store.data.size}.")
+        torch.manual_seed(section.seed)
+        unet: Any = UNet2DModel(
+            store.data.size, block_out_channels=widths, layers_per_block=1,
+            norm_num_groups=math.gcd(*widths, 32),
+            down_block_types=("DownBlock2D",) * (len(widths) - 1) + ("AttnDownBlock2D",),
+            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
+            num_class_embeds=store.num_classes if section.class_conditional else None)
+        unet.to(device)
+        scheduler: Any = DDPMScheduler(section.num_timesteps)
+        optimizer = torch.optim.AdamW(unet.parameters(), section.lr)
+        ema = EMAModel(unet.parameters(), section.ema)
+        steps = math.ceil(len(indices) / section.batch_size)
+        plan, step, checkpoints = Train(section.epochs, lr=section.lr, schedule="cosine"), 0, (
+            artefact.path.parent / "checkpoints")
+        if (state := load_checkpoint(checkpoints)) and state["fingerprint"] == artefact.fingerprint:
+            unet.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            ema.load_state_dict(state["ema"])
+            ema.to(device)
+            step = state["step"]
+        began = saved = time.monotonic()
+        bar = progress(label="generator", total=section.epochs * steps, initial=step)
+        say(f"generator: UNet of {sum(p.numel() for p in unet.parameters()):,} parameters, "
+            f"{section.epochs} epochs of {len(indices):,} images of {store.data.size} pixels")
+        mean = 0.0
+        for epoch in range(step // steps, section.epochs):
+            batches = epoch_batches(len(indices), section.batch_size, section.seed, epoch)
+            for batch in batches[step - epoch * steps :]:
+                optimizer.param_groups[0]["lr"] = learning_rate(plan, step, steps)
+                x = torch.from_numpy(store.raw(indices[batch])).to(device) / 127.5 - 1
+                if store.data.flip:
+                    flips = hash_uniform(section.seed, epoch, indices[batch], 99) < 0.5
+                    x = torch.where(torch.from_numpy(flips).to(device)[:, None, None, None],
+                                    x.flip(3), x)
+                noise = noise_like(x.shape, x.dtype, section.seed, step, 6).to(device)
+                level = hash_uniform(section.seed, step, 7, np.arange(len(x)))
+                t = torch.from_numpy((level * section.num_timesteps).astype(np.int64)).to(device)
+                labels = torch.from_numpy(store.labels[indices[batch]]).to(device)
+                with ctx.runtime.autocast():
+                    out = unet(scheduler.add_noise(x, noise, t), t,
+                               labels if section.class_conditional else None).sample
+                loss = F.mse_loss(out.float(), noise.float())
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+                optimizer.step()
+                ema.step(unet.parameters())
+                step += 1
+                mean += (float(loss) - mean) / min(step, 100)
+                bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+                bar.update()
+            if time.monotonic() - saved > 60:
+                save_checkpoint(checkpoints, step, {
+                    "fingerprint": artefact.fingerprint, "step": step, "ema": ema.state_dict(),
+                    "model": unet.state_dict(), "optimizer": optimizer.state_dict()})
+                saved = time.monotonic()
+        bar.close()
+        ema.copy_to(unet.parameters())
+        shutil.rmtree(folder, ignore_errors=True)
+        pipeline: Any = DDPMPipeline(unet, scheduler)
+        pipeline.save_pretrained(folder)
+        write_file(artefact.path, json.dumps({"fingerprint": artefact.fingerprint,
+                                              "settings": json.dumps(dict(artefact.settings))}))
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        say(f"generator: denoising loss {mean:.4f}, {time.monotonic() - began:.0f} s")
+    return folder
+
+def run_augment(ctx: Context) -> None:
+    """Make every set of images of the recipe, for every seed; all processes share each set."""
+    runtime = replace(ctx.runtime, shared=ctx.runtime.accelerator.num_processes > 1)
+    for seed, (name, settings) in itertools.product(ctx.recipe.seeds, ctx.recipe.augments.items()):
+        artefact = ctx.augmented(name, seed)
+        with making([artefact], runtime):
+            if not ctx.finished(artefact):
+                make_set(replace(ctx, runtime=runtime), settings, artefact, seed)
+    ctx.runtime.accelerator.wait_for_everyone()
+
+def make_set(ctx: Context, settings: Augment, artefact: Artefact, seed: int) -> None:
+    """Generate one set: PNGs as they are accepted, a line for each source in records-*.jsonl, at
+    the end metadata.csv and sheet.png. What a killed run had recorded is not made again."""
+    runtime, store, folder = ctx.runtime, ctx.store, artefact.path.parent
+    identity = {"fingerprint": artefact.fingerprint,
+                "settings": json.dumps(dict(artefact.settings))}
+    begun = folder / "begun.json"
+    if begun.is_file() and read_metadata(begun)["fingerprint"] != artefact.fingerprint:
+        old = json.loads(read_metadata(begun)["settings"])
+        if not ctx.common.redo:
+            raise Problem(f"{folder} {changed(old, artefact.settings)}. Keep it with --out DIR, or "
+                          "start again with --redo.")
+    runtime.wait()
+    if runtime.rank == 0 and (ctx.common.redo or not begun.is_file()):
+        for path in [*folder.glob("records-*.jsonl"), *folder.glob("*.png")]:
+            path.unlink()
+        write_file(begun, json.dumps(identity))
+    source = settings.generator or str(train_generator(ctx))
+    runtime.wait()
+    generator = Generator(source, settings, store.class_names, store.data.size, runtime)
+    teachers = [fold(load_model(ctx.require(ctx.teacher(i)[1], "teachers"), runtime.device, store))
+                for i in range(ctx.recipe.teachers.num_teachers)]
+    wanted = ctx.require(ctx.student(settings.student, seed), "distill")
+    student = fold(load_model(wanted, runtime.device, store))
+    judge = Judge(teachers, student, store, settings)
+    if settings.realism < 1:
+        judge.threshold = calibrate(generator, store, settings.realism)
+    train = store.split("train")
+    if settings.like:
+        accepted = read_records(ctx.augmented(settings.like, seed).path.parent)
+        sources = np.array([r["source"] for r in accepted if r["accepted"]], np.int64)
+    else:
+        probabilities = predict([student], store, train, replace(runtime, shared=False))[0]
+        sources = train[pick_sources(settings, probabilities.softmax(-1), store.labels[train])]
+    known = {record["source"] for record in read_records(folder)}
+    runtime.wait()  # all have read before any writes
+    todo = [int(i) for i in sources if i not in known][runtime.rank :: runtime.world]
+    say(f"{ctx.label(artefact)}: {len(sources):,} sources, {len(sources) - len(known):,} to do")
+    began, count = time.monotonic(), dict[bool, int]()
+    bar = progress(label=str(folder.parent.name), total=len(todo))
+    from torch.utils.tensorboard import SummaryWriter
+
+    with contextlib.ExitStack() as stack:
+        board = stack.enter_context(SummaryWriter(folder / "tensorboard" / str(runtime.rank)))
+        file = stack.enter_context(open(folder / f"records-{runtime.rank}.jsonl", "a"))
+
+        def log(figures: dict[str, Any]) -> None:
+            minutes, finished = (time.monotonic() - began) / 60, sum(count.values())
+            figures |= {"acceptance": count.get(True, 0) / max(1, finished),
+                        "unet_evaluations_per_minute": generator.evaluations / minutes,
+                        "images_per_minute": count.get(True, 0) / minutes}
+            for key, value in figures.items():
+                board.add_scalar(f"augment/{key}", value, generator.evaluations)
+
+        for record in generate(generator, judge, store, todo, seed, log):
+            image, good = Image.fromarray(record.pop("image").transpose(1, 2, 0)), io.BytesIO()
+            image.save(good, "png")
+            prefix = "" if record["accepted"] else "rejected-"
+            record["image"] = f"{prefix}{record['source']}.png"
+            write_file(folder / record["image"], good.getvalue())
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            count[record["accepted"]] = count.get(record["accepted"], 0) + 1
+            bar.set_postfix(accepted=count.get(True, 0), refresh=False)
+            bar.update()
+    bar.close()
+    runtime.wait()
+    if runtime.rank == 0:
+        records = sorted(read_records(folder), key=lambda record: record["source"])
+        accepted = [r for r in records if r["accepted"]]
+        if not accepted:
+            raise Problem(f"{folder}: none of {len(records)} sources gave an image that passes: "
+                          "raise iterations, step_size or max_student, lower min_teacher, or train "
+                          "the generator longer.")
+        table_file = io.StringIO(newline="")
+        columns = ["image", "label", "split", "source", "seed", "iterations", "teacher_before",
+                   "student_before", "teacher", "student", "realism", "generator", "settings"]
+        writer = csv.DictWriter(table_file, columns, extrasaction="ignore")
+        writer.writeheader()
+        common = {"split": "train", "generator": source, "settings": artefact.fingerprint}
+        writer.writerows({**record, **common} for record in accepted)
+        write_file(folder / "metadata.csv", table_file.getvalue())
+        write_file(folder / "sheet.png", draw_sheet(folder, records, generator, store, seed))
+        write_file(artefact.path, json.dumps(identity))
+        spent = generator.evaluations / max(1, count.get(True, 0))
+        say(f"{ctx.label(artefact)}: {len(accepted):,} of {len(records):,} accepted, {spent:,.0f} "
+            f"UNet evaluations each, {time.monotonic() - began:.0f} s")
+    runtime.wait()
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Every whole line of records-*.jsonl; a kill may have cut the last one."""
+    records = []
+    for path in sorted(folder.glob("records-*.jsonl")):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+def calibrate(generator: Generator, store: Store, share: float) -> float:
+    """Denoising loss that `share` of validation passes; infinite if under 80 % of a group do."""
+    losses, groups = [], []
+    for cell in range(len(store.cell_names)):
+        val = store.split("val")
+        members = val[store.cells[val] == cell][:64]
+        if len(members):
+            labels = torch.from_numpy(store.labels[members]).to(generator.device)
+            losses.append(generator.realism(store.raw(members), labels).cpu().numpy())
+            groups.append(store.cell_names[cell])
+    threshold = float(np.quantile(np.concatenate(losses), share))
+    rates = {name: float((loss <= threshold).mean()) for name, loss
+             in zip(groups, losses, strict=True)}
+    told = ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates.items())
+    reject = min(rates.values()) >= 0.8
+    say(f"realism: validation images that pass: {told}" + "" * reject + (
+        "; under 80 % in a group, so it is reported and nothing is rejected" * (not reject)))
+    return threshold if reject else math.inf
+
+def draw_sheet(folder: Path, records: Sequence[Mapping[str, Any]], generator: Generator,
+               store: Store, seed: int) -> bytes:
+    """Source, start and result of the best, the median and rejected samples (PNG)."""
+    accepted = sorted((r for r in records if r["accepted"]), key=lambda r: -r["score"])
+    rejected = sorted((r for r in records if not r["accepted"]), key=lambda r: -r["score"])
+    middle = max(0, len(accepted) // 2 - 1)
+    chosen = [("best", r) for r in accepted[:3]]
+    chosen += [("median", r) for r in accepted[max(middle, 3) : max(middle, 3) + 3]]
+    chosen += [("rejected", r) for r in rejected[:3]]
+    figure, pyplot = new_figure()
+    figure.set_size_inches(1.5 * len(chosen), 5.2)
+    axes = figure.subplots(3, len(chosen), squeeze=False)
+    for column, (kind, record) in enumerate(chosen):
+        key = int(hash_bits(seed, record["source"])[0] >> np.uint64(2))
+        raw = store.raw(np.array([record["source"]]))
+        with torch.no_grad():
+            labels = torch.tensor([record["label"]], device=generator.device)
+            start = generator.images(generator.begin(raw, key), labels, [key])[0].cpu()
+        result = np.asarray(Image.open(folder / record["image"]))
+        shown = [raw[0].transpose(1, 2, 0), start.permute(1, 2, 0).float().numpy(), result]
+        texts = [f"{kind}\n{store.class_names[record['label']]}",
+                 f"t {record['teacher_before']:.2f}  f {record['student_before']:.2f}",
+                 f"t {record['teacher']:.2f}  f {record['student']:.2f}"]
+        for row, (image, text) in enumerate(zip(shown, texts, strict=True)):
+            axes[row, column].imshow(image, interpolation="nearest")
+            axes[row, column].set_title(text, fontsize=8)
+            axes[row, column].set_xticks([])
+            axes[row, column].set_yticks([])
+    for row, name in enumerate(("source", "start", "result")):
+        axes[row, 0].set_ylabel(name)
+    return png(figure, pyplot)
+
+def run_stages(ctx: Context, students: Mapping[str, Distill], sets: Mapping[str, Augment]) -> None:
+    """Distil students and make sets of images, in the order in which they need each other."""
+    known = replace(ctx, known={**ctx.known, **students}, known_sets={**ctx.known_sets, **sets})
+    while students or sets:
+        names = {*students, *sets}
+        ready = {k: s for k, s in students.items()
+                 if not names & {s.augmented, s.start, s.helper}}
+        made = {k: a for k, a in sets.items() if not names & {a.student, a.like}}
+        if not ready and not made:
+            raise Problem(f"{', '.join(sorted(names))} wait for each other: see start, helper and "
+                          "augmented of the students, student and like of the sets.")
+        recipe = replace(ctx.recipe, students=ready, augments=made)
+        run_distill(replace(known, recipe=recipe))
+        run_augment(replace(known, recipe=recipe))
+        students = {k: s for k, s in students.items() if k not in ready}
+        sets = {k: a for k, a in sets.items() if k not in made}
 
 class Found(NamedTuple):
     """A model to be scored: the row of the report it belongs to, its own name, its file."""
@@ -2748,7 +3364,6 @@ class Found(NamedTuple):
     row: str
     name: str
     path: Path
-
 
 def find_models(ctx: Context) -> tuple[list[Found], list[str]]:
     """Every model of the run directory that stands as the recipe describes it, and the others.
@@ -2782,7 +3397,6 @@ def find_models(ctx: Context) -> tuple[list[Found], list[str]]:
         else:
             found.append(Found(row, ctx.label(artefact), artefact.path))
     return found, left_out
-
 
 def run_eval(ctx: Context, models: Sequence[Path] = ()) -> None:
     """Score every model found, or those named, by group; write results.json, report.md, figure."""
@@ -2843,7 +3457,6 @@ def run_eval(ctx: Context, models: Sequence[Path] = ()) -> None:
             f"{ctx.out}")
     ctx.runtime.accelerator.wait_for_everyone()
 
-
 def probe_models(ctx: Context, by_trunk: Mapping[str, Sequence[Found]]) -> list[dict[str, Any]]:
     """Accuracy in per cent of linear probes on every layer, for label and attribute, mean over the
     trunks of each kind of model. Features are meaned over positions, fits group-balanced."""
@@ -2874,7 +3487,6 @@ def probe_models(ctx: Context, by_trunk: Mapping[str, Sequence[Found]]) -> list[
     return [{"name": name, "scores": {probe: float(np.mean(values)) for probe, values
                                       in row.items()}} for name, row in scores.items()]
 
-
 def curves(recipe: Recipe) -> list[dict[str, Any]]:
     """Students that differ in one number alone: {field, label, points: [value, student]}."""
     found = []
@@ -2898,7 +3510,6 @@ def curves(recipe: Recipe) -> list[dict[str, Any]]:
                 found.append({"field": key, "label": label, "points": sorted(points.items())})
     return found
 
-
 def draw_curves(results: Mapping[str, Any]) -> bytes:
     """Figure of results.json (PNG): WGA against each setting that students differ in."""
     figure, pyplot = new_figure()
@@ -2919,7 +3530,6 @@ def draw_curves(results: Mapping[str, Any]) -> bytes:
     axes[0].set_ylabel(f"WGA, % of {results['about']['split']} images (mean ± std)")
     return png(figure, pyplot)
 
-
 def new_figure() -> tuple[Any, Any]:
     """A matplotlib figure, and pyplot, without a window."""
     import matplotlib
@@ -2929,14 +3539,12 @@ def new_figure() -> tuple[Any, Any]:
 
     return pyplot.figure(layout="constrained"), pyplot
 
-
 def png(figure: Any, pyplot: Any) -> bytes:
     """A finished figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     pyplot.close(figure)
     return buffer.getvalue()
-
 
 def origin(processes: int = 1) -> dict[str, str]:
     """Where figures come from: command, date, commit, machine, versions."""
@@ -2958,7 +3566,6 @@ def origin(processes: int = 1) -> dict[str, str]:
     return {"command": " ".join(["python", str(script), *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"), "commit": commit, "versions": versions,
             "hardware": f"{machine}, {processes} process(es) of {torch.get_num_threads()} threads"}
-
 
 def report(results: Mapping[str, Any]) -> str:
     """results.json as Markdown: summary, groups, every model, what was left out."""
@@ -2997,7 +3604,6 @@ def report(results: Mapping[str, Any]) -> str:
               f"{seeds[1]}."]
     return "\n\n".join(parts) + "\n"
 
-
 def draw_groups(results: Mapping[str, Any]) -> bytes:
     """Figure of results.json (PNG): accuracy of every group, and the worst marked, by row."""
     figure, pyplot = new_figure()
@@ -3024,22 +3630,20 @@ def draw_groups(results: Mapping[str, Any]) -> bytes:
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return png(figure, pyplot)
 
-
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 COMMANDS = {
     "teachers": "train the teachers and refit their heads on balanced data (DFR)",
     "bias-model": "train the deliberately biased model, or take a teacher's parent",
     "distill": "train the students",
+    "augment": "generate images on which the teachers are sure and a student is wrong",
     "eval": "score everything found, by group, and write the report",
     "run": "all of the above in order",
 }
 STUDENTS = ("Students to train, by name; all if none is named. A flag that changes a student shows "
             "in its output's name. Values shown here are the first one's.")
+SETS = "Sets to make, by name; all if none is named. Otherwise as for --student of distill."
 MODELS = "Score just these files, whoever made them."
-
 
 def overview() -> str:
     """What `--help` prints."""
@@ -3050,13 +3654,11 @@ def overview() -> str:
         lines.append(f"  {path.stem:<16}{doc.splitlines()[0] if doc else ''}")
     return "\n".join(lines)
 
-
 def recipe_files() -> list[Path]:
     """Recipes that have a bare name: those of ./recipes, then those beside this file."""
     folders = [Path("recipes"), Path(__file__).parent / "recipes"]
     files = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.py")}
     return [files[name] for name in sorted(files)]
-
 
 def load_recipe(name: str) -> Recipe:
     """The recipe of a file, by path or by bare name; of several in `recipes`, NAME:WHICH."""
@@ -3088,7 +3690,6 @@ def load_recipe(name: str) -> Recipe:
     check_recipe(recipe, path.name)
     return recipe
 
-
 def parse(kind: Any, default: Any, args: Sequence[str], prog: str, description: str) -> Any:
     """tyro, with its boxed errors said in one line."""
     boxed = io.StringIO()
@@ -3109,56 +3710,73 @@ def parse(kind: Any, default: Any, args: Sequence[str], prog: str, description: 
             told += f"; did you mean {' or '.join(dict.fromkeys(near))}?"
         raise Problem(f"{told} (see {prog} --help).") from None
 
-
 def apply_flags(command: str, recipe: Recipe, name: str,
                 args: Sequence[str]) -> tuple[Recipe, Common, tuple[Path, ...]]:
     """The recipe with the command line's flags on top, the common flags, and eval's --models."""
     prog = f"grokd.py {command} {name}"
     text = f"{COMMANDS[command].capitalize()}. Values shown are those of the recipe {name}."
-    if command in ("distill", "run"):
-        text += f" Its students: {', '.join(recipe.students)}."
     common = Common(recipe.root, f"runs/{Path(name).stem.replace(':', '-')}", recipe.seeds)
     # Which sections have flags; run's carry the section's name.
     kinds: dict[str, Any] = {"data": Data, "teachers": Teachers, "bias_model": BiasModel,
-                             "distill": Distill, "eval": Eval}
-    if command != "run":
+                             "distill": Distill, "diffusion": Diffusion, "eval": Eval}
+    if command == "augment":
+        kinds = {"augment": Annotated[Augment, FLAT], "diffusion": Diffusion}
+    elif command != "run":
         key = command.replace("-", "_")
         kinds = {key: Annotated[kinds[key], FLAT]}
     options: list[Any] = [*kinds.items(), ("common", Annotated[Common, FLAT])]
-    names = [*recipe.students]
-    if "distill" in kinds:
-        kind: Any = Annotated[tuple[str, ...], tyro.conf.arg(help=STUDENTS)]
-        options.append(("student", kind, field(default=())))
+    # One section of many: students (distill, run) or sets (augment), all or those picked by name.
+    many, flag, told = {"distill": ("students", "student", STUDENTS),
+                        "run": ("students", "student", STUDENTS),
+                        "augment": ("augments", "set", SETS)}.get(command, ("", "", ""))
+    section, names = "augment" if flag == "set" else "distill", [""]
+    if many:
+        every: Mapping[str, Any] = getattr(recipe, many)
+        text += f" Its {flag}s: {', '.join(every)}."
+        if not every:
+            raise Problem(f"The recipe {name} names no {many}.")
+        kind: Any = Annotated[tuple[str, ...], tyro.conf.arg(help=told)]
+        options.append((flag, kind, field(default=())))
         # Their values are the defaults that tyro shows, so their names are read before it parses.
-        picked = list(args[args.index("--student") + 1 :]) if "--student" in args else names
+        picked = [*every]
+        if f"--{flag}" in args:
+            picked = list(args[args.index(f"--{flag}") + 1 :])
         names = picked[: next((i for i, a in enumerate(picked) if a.startswith("-")), None)]
     if command == "eval":
         kind = Annotated[tuple[Path, ...], tyro.conf.arg(help=MODELS)]
         options.append(("models", kind, field(default=())))
     flags_type: Any = dataclasses.make_dataclass("Flags", options, frozen=True)
-    students: dict[str, Distill] = dict(recipe.students)
-    for i, student in enumerate(names if "distill" in kinds else names[:1]):
-        if student not in recipe.students:
-            raise Problem(f"Unknown student {student!r}{suggest(student, [*recipe.students])}")
-        old = recipe.students[student]
-        sections = {k: old if k == "distill" else getattr(recipe, k) for k in kinds}
+    changed_names: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    for i, each in enumerate(names):
+        if many and each not in every:
+            raise Problem(f"Unknown {flag} {each!r}{suggest(each, [*every])}")
+        sections = {k: every[each] if k == section and many else getattr(recipe, k) for k in kinds}
         default = flags_type(**sections, common=common)
         flags = parse(flags_type, default, args, prog, text)
-        if i == 0:
-            if told := differences(flatten(default), flatten(flags)):
-                say(f"Flags over the recipe: {told}")
-            students = {} if "distill" in kinds else students
-        if "distill" in kinds:
-            before, after = relevant(old), relevant(flags.distill)
+        if i == 0 and (told := differences(flatten(default), flatten(flags))):
+            say(f"Flags over the recipe: {told}")
+        if many:
+            before, after = (relevant(x) if isinstance(x, Distill) else flatten(x)
+                             for x in (every[each], getattr(flags, section)))
             altered = [f"{k}={v}" for k, v in after.items() if before.get(k) != v]
-            students[re.sub(r"[^\w.+=,-]+", "_", "+".join([student, *altered]))] = flags.distill
-    kept = {k: getattr(flags, k) for k in kinds if k != "distill"}
+            new = re.sub(r"[^\w.+=,-]+", "_", "+".join([each, *altered]))
+            found[new], changed_names[each] = getattr(flags, section), new
+    kept = {k: getattr(flags, k) for k in kinds if k != section}
+    kept |= {many: found} if many else {}
     common = flags.common
     check(common, Common, "flags")
-    recipe = replace(recipe, **kept, students=students, root=common.root, seeds=common.seeds)
+    recipe = replace(recipe, **kept, root=common.root, seeds=common.seeds)
+    if many == "students":  # what refers to a student finds it under its new name
+        def renamed(value: Any, *names: str) -> Any:
+            new = {n: changed_names.get(getattr(value, n), getattr(value, n)) for n in names}
+            return replace(value, **new)
+
+        recipe = replace(
+            recipe, students={k: renamed(v, "start", "helper") for k, v in found.items()},
+            augments={k: renamed(v, "student") for k, v in recipe.augments.items()})
     check_recipe(recipe, "flags")
     return recipe, common, getattr(flags, "models", ())
-
 
 def command_line(argv: Sequence[str]) -> None:
     """Find command and recipe, apply flags, do the work."""
@@ -3170,22 +3788,27 @@ def command_line(argv: Sequence[str]) -> None:
         raise Problem(f"Unknown command {command!r}{suggest(command, [*COMMANDS])}")
     named = len(argv) > 1 and not argv[1].startswith("-")
     name, args = (argv[1], argv[2:]) if named else ("digits", argv[1:])
-    recipe, common, models = apply_flags(command, load_recipe(name), name, args)
+    loaded = load_recipe(name)
+    recipe, common, models = apply_flags(command, loaded, name, args)
     began = time.monotonic()
     runtime = Runtime.start(common.precision)
     store = open_store(recipe.data, recipe.root)
-    makes = {"run": ["teachers", "bias-model", "students"], "distill": ["students"], "eval": []}
+    makes = {"run": ["teachers", "bias-model", "students", "augmented", "generator"], "eval": [],
+             "distill": ["students"], "augment": ["augmented", "generator"]}
     ctx = Context(name, recipe, store, Path(common.out), runtime, common,
-                  makes.get(command, [command]))
+                  makes.get(command, [command]), loaded.students, loaded.augments)
     if command != "eval":
         counts = [store.counts(part) for part in ("train", "reweighting", "selection", "test")]
         rows = [[group, *(str(c[g]) for c in counts)] for g, group in enumerate(store.group_names)]
         header = ["group", "train", "val: reweighting", "val: selection", "test"]
         say("", table(header, rows), "")
-    stages = {"teachers": run_teachers, "bias-model": run_bias_model, "distill": run_distill}
-    for stage, work in stages.items():
-        if command in (stage, "run"):
-            work(ctx)
+    if command in ("teachers", "run"):
+        run_teachers(ctx)
+    if command in ("bias-model", "run"):
+        run_bias_model(ctx)
+    if command in ("distill", "augment", "run"):
+        run_stages(ctx, recipe.students if command != "augment" else {},
+                   recipe.augments if command != "distill" else {})
     if command in ("eval", "run"):
         run_eval(ctx, models)
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory"
@@ -3193,7 +3816,6 @@ def command_line(argv: Sequence[str]) -> None:
         memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
     say(f"Took {time.monotonic() - began:.0f} s, at most {memory}.")
     runtime.accelerator.end_training()
-
 
 def main() -> None:
     """Entry point: problems become one line and exit status 1."""
@@ -3208,7 +3830,6 @@ def main() -> None:
                  "make room; the same command then goes on from where it was.")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
-
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,420 @@
+"""Guided generation: gradients, acceptance, independence of batches, commands, rebalancing."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Run, write_images
+from PIL import Image
+from test_processes import TWO, processes
+from torch import Tensor
+
+import grokd
+from grokd import Augment, Classifier, Data, Generator, Input, Judge, Problem, Runtime, Store
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return Runtime.start("float64")
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random class-conditional DDPM on 8 pixels, saved as diffusers does."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, num_class_embeds=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
+    folder = tmp_path_factory.mktemp("pixels")
+    pipeline: Any = DDPMPipeline(unet, DDPMScheduler(100))
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random Stable Diffusion of the real classes: 16 pixels, 8 x 8 latents."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sd")
+    words = [chr(c) for c in range(97, 123)]
+    vocabulary = [*words, *(w + "</w>" for w in words), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                              model_max_length=16)
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=16, projection_dim=16,
+        bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1))
+    unet = UNet2DConditionModel(
+        8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=16, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+                        down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2)
+    pipeline: Any = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.save_pretrained(folder / "pipeline")
+    return str(folder / "pipeline")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    folder = write_images(tmp_path / "images", per_group=4)
+    return grokd.open_store(Data(size=16, crop=12, attribute_column="place",
+                                 store=str(folder / "store")), str(folder))
+
+
+def network(seed: int) -> Classifier:
+    model = grokd.build_model("cnn2", "random", 2, Input(), seed).double()
+    with torch.no_grad():
+        model.head.weight.mul_(20)  # sure of something
+    return model.eval().requires_grad_(False)
+
+
+SETTINGS = Augment(steps=2, iterations=5, realism=1.0, in_flight=3, min_teacher=0.6,
+                   max_student=0.4)
+
+
+def judge(store: Store, settings: Augment = SETTINGS) -> Judge:
+    return Judge([network(0), network(1)], network(2), store, settings)
+
+
+def make(source: str, settings: Augment, store: Store, runtime: Runtime) -> Generator:
+    return Generator(source, settings, store.class_names, store.data.size, runtime)
+
+
+@pytest.mark.parametrize("objective", ["power", "log", "margin"])
+def test_terms_equal_the_formula(objective: Any) -> None:
+    torch.manual_seed(0)
+    teachers, student = torch.randn(3, 4, 5).double(), torch.randn(4, 5).double()
+    labels = torch.tensor([0, 4, 2, 2])
+    of_t, of_f = grokd.guidance(teachers, student, labels, objective, 2.0)
+    for i, y in enumerate(labels.tolist()):
+        t = float(np.mean([z[i].softmax(-1)[y] for z in teachers]))
+        f = float(student[i].softmax(-1)[y])
+        expected = {"power": (t**2, (1 - f) ** 2), "log": (np.log(t), np.log(1 - f))}
+        if objective == "margin":
+            def margin(z: Tensor, y: int = y) -> float:
+                return float(z[y] - max(v for j, v in enumerate(z.tolist()) if j != y))
+
+            expected["margin"] = (float(np.mean([margin(z[i]) for z in teachers])),
+                                  -margin(student[i]))
+        assert (float(of_t[i]), float(of_f[i])) == pytest.approx(expected[objective])
+
+
+@pytest.mark.parametrize("objective", ["power", "log", "margin"])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler",
+                                       "DPMSolverMultistepScheduler"])
+def test_gradient_matches_finite_differences_and_models_do_not_change(
+    pixels: str, store: Store, runtime: Runtime, objective: Any, strength: float, scheduler: str
+) -> None:
+    settings = replace(SETTINGS, objective=objective, strength=strength, scheduler=scheduler)
+    generator, judges = make(pixels, settings, store, runtime), judge(store, settings)
+    models = [*judges.teachers, judges.student, generator.unet]
+    before = [[p.clone() for p in m.state_dict().values()] for m in models]
+    labels, keys = torch.tensor([0, 1]), [11, 12]
+    z = torch.cat([generator.begin(store.raw(np.array([i])), key) for i, key in
+                   zip((0, 9), keys, strict=True)]).requires_grad_()
+
+    def value(z: Tensor) -> Tensor:
+        found = judges.logits(generator.images(z, labels, keys))
+        return torch.stack(grokd.guidance(*found, labels, objective, settings.gamma)).sum()
+
+    images = generator.images(z, labels, keys)
+    upward, figures = judges.gradient(images, labels, keys, [0, 0])
+    ours = torch.autograd.grad(images, z, upward)[0]
+    assert ours.flatten(1).norm(dim=1).min() > 0
+    assert all(figures[f"{who}_gradient"].min() > 0 for who in ("teacher", "student"))
+    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        slope = (value(z + 1e-6 * direction) - value(z - 1e-6 * direction)) / 2e-6
+    if scheduler in ("DDIMScheduler", "DDPMScheduler"):  # the others compute in float32
+        torch.testing.assert_close((ours * direction).sum(), slope, rtol=1e-4, atol=1e-8)
+    for model, states in zip(models, before, strict=True):
+        assert all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), states,
+                                                     strict=True))
+
+
+def records(source: str, store: Store, runtime: Runtime, settings: Augment,
+            sources: list[int]) -> dict[int, dict[str, Any]]:
+    made = make(source, settings, store, runtime)
+    return {r["source"]: r for r in
+            grokd.generate(made, judge(store, settings), store, sources, seed=3)}
+
+
+@pytest.mark.parametrize("optimizer, step", [("normalised", 0.1), ("adam", 0.05),
+                                             ("nesterov", 5.0)])
+@pytest.mark.parametrize("more", [{}, {"cutouts": 2, "noise": 0.1, "norm": "regularise"}])
+def test_result_does_not_depend_on_the_batch(
+    pixels: str, store: Store, runtime: Runtime, optimizer: Any, step: float, more: Any
+) -> None:
+    settings = replace(SETTINGS, optimizer=optimizer, step_size=step, **more)
+    sources = [0, 3, 5, 8, 12]
+    together = records(pixels, store, runtime, replace(settings, in_flight=5), sources)
+    for source in sources:
+        alone = records(pixels, store, runtime, replace(settings, in_flight=1), [source])[source]
+        assert alone["accepted"] == together[source]["accepted"]
+        assert np.array_equal(alone["image"], together[source]["image"])
+        for key in ("score", "teacher", "student", "teacher_before", "student_before"):
+            assert alone[key] == pytest.approx(together[source][key], abs=1e-8)
+
+
+def test_latents_of_a_batch_agree_to_eight_digits(
+    pixels: str, store: Store, runtime: Runtime
+) -> None:
+    """Five iterations by hand, alone and together: images are rounded, latents are not."""
+    generator, judges = make(pixels, SETTINGS, store, runtime), judge(store)
+    found = []
+    for group in ([0, 5, 9], [5]):
+        labels = torch.from_numpy(store.labels[group])
+        samples = [grokd.Sample(i, i, 0, z := generator.begin(store.raw(np.array([i])), i)[0],
+                                float(z.norm()), [torch.zeros_like(z), torch.zeros_like(z)])
+                   for i in group]
+        for iteration in range(5):
+            z = torch.stack([s.z for s in samples]).requires_grad_()
+            images = generator.images(z, labels, group)
+            upward, _ = judges.gradient(images, labels, group, [iteration] * len(group))
+            gradient = torch.autograd.grad(images, z, upward)[0]
+            for sample, own in zip(samples, gradient, strict=True):
+                grokd.climb(sample, own, SETTINGS)
+        found.append(samples[group.index(5)].z)
+        assert float(found[-1].norm()) == pytest.approx(samples[group.index(5)].norm)  # kept
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-8)
+
+
+def test_guidance_raises_j_and_first_passing_iterate_is_kept(
+    pixels: str, store: Store, runtime: Runtime
+) -> None:
+    sources = [int(i) for i in store.split("train")]
+    found = records(pixels, store, runtime, replace(SETTINGS, iterations=20), sources)
+    accepted = [r for r in found.values() if r["accepted"]]
+    assert accepted and len(found) == len(sources)
+    for record in accepted:
+        assert record["teacher"] >= 0.6 and record["student"] <= 0.4
+        t, f, _, right = judge(store).scores(record["image"][None], torch.tensor([record["label"]]))
+        assert bool(right)
+        assert (float(t), float(f)) == pytest.approx((record["teacher"], record["student"]))
+        if record["iterations"]:
+            fewer = replace(SETTINGS, iterations=record["iterations"] - 1)
+            again = records(pixels, store, runtime, fewer, [record["source"]])[record["source"]]
+            assert not again["accepted"]
+    for record in found.values():
+        start = record["teacher_before"] + 1 - record["student_before"]
+        assert record["score"] >= start - 1e-9 or record["accepted"]
+
+
+def test_unguided_images_are_the_first_iterates(
+    pixels: str, store: Store, runtime: Runtime
+) -> None:
+    plain = records(pixels, store, runtime, replace(SETTINGS, guided=False), [0, 5])
+    first = records(pixels, store, runtime, replace(SETTINGS, iterations=0), [0, 5])
+    for source in (0, 5):
+        assert plain[source]["accepted"] and plain[source]["iterations"] == 0
+        assert np.array_equal(plain[source]["image"], first[source]["image"])
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"guidance_scale": 3.0}, {"steps": 1, "strength": 1.0, "scheduler": ""},
+])
+def test_stable_diffusion_is_guided_too(
+    stable_diffusion: str, store: Store, runtime: Runtime, change: Any
+) -> None:
+    settings = replace(SETTINGS, prompt="a {}", **change)
+    generator = make(stable_diffusion, settings, store, runtime)
+    assert generator.side == 16 and generator.text is not None
+    found = records(stable_diffusion, store, runtime, settings, [0, 9])
+    assert all(r["image"].shape == (3, 16, 16) for r in found.values())
+    z = generator.begin(store.raw(np.array([0])), 1).requires_grad_()
+    images = generator.images(z, torch.tensor([0]), [1])
+    assert torch.autograd.grad(images.sum(), z)[0].abs().max() > 0
+    assert torch.isfinite(generator.realism(store.raw(np.array([0])), torch.tensor([0]))).all()
+
+
+def test_generators_that_cannot_be_used_are_one_line(
+    pixels: str, stable_diffusion: str, store: Store, runtime: Runtime, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(Problem, match="could not be loaded"):
+        make(str(tmp_path / "nothing"), SETTINGS, store, runtime)
+    index = Path(pixels) / "model_index.json"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text(index.read_text().replace("DDPM", "Flux"))
+    with pytest.raises(Problem, match="is a FluxPipeline: it must be"):
+        make(str(other), SETTINGS, store, runtime)
+    with pytest.raises(Problem, match="no scheduler 'Nonsense'"):
+        make(pixels, replace(SETTINGS, scheduler="Nonsense"), store, runtime)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Problem, match="needs the package transformers"):
+        make(stable_diffusion, SETTINGS, store, runtime)
+
+
+def test_sources_are_chosen_by_confidence() -> None:
+    labels = np.array([0, 0, 1, 1])
+    p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.3, 0.7]])  # f_y .9 .6 .2 .7
+    def pick(**change: Any) -> list[int]:
+        return grokd.pick_sources(Augment(**change), p, labels).tolist()
+
+    assert pick() == [2, 1]
+    assert pick(sources="most-confident", count=3) == [0, 3, 1]
+    assert pick(sources="least-certain", count=2) == [1, 3]
+    assert pick(sources="misclassified") == [2]
+    assert sorted(pick(sources="all")) == [0, 1, 2, 3]
+    assert pick(balanced=True) == [1, 2]
+
+
+def test_rebalanced_training_shows_clusters_alike(store: Store) -> None:
+    train = store.split("train")
+    clusters = np.where(np.arange(len(train)) < 3, 1, 0)
+    even = grokd.rebalanced(store, clusters, np.zeros(len(train), int))
+    shown = np.bincount(np.isin(even.split("train"), train[:3]).astype(int))
+    assert shown[0] == shown[1] == len(train) - 3
+    assert even.fingerprint != store.fingerprint
+    assert (even.counts("train") == store.counts("train")).all()
+
+
+def test_tab_finds_the_samples_whose_loss_falls_late() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 30)
+    late = np.tile(np.arange(30) < 5, 2)
+    losses = np.where(late, 2.0, 0.2) + 0.05 * rng.normal(size=(6, 60))
+    clusters = grokd.loss_clusters(losses, labels, 0)
+    for y in (0, 1):
+        members = labels == y
+        assert len(set(clusters[members & late])) == len(set(clusters[members & ~late])) == 1
+        assert set(clusters[members]) <= {2 * y, 2 * y + 1}
+
+
+def test_generated_images_join_the_training_set(store: Store) -> None:
+    images = np.full((3, 3, 16, 16), 7, np.uint8)
+    union = grokd.enlarge(store, images, np.array([0, 1, 1]), 0.0)
+    train = union.split("train")
+    assert len(train) == len(store.split("train")) + 3
+    assert union.labels[train[-3:]].tolist() == [0, 1, 1]
+    mixed = union.raw(train[[0, -1, 1]])
+    assert (mixed[1] == 7).all()
+    assert np.array_equal(mixed[[0, 2]], store.raw(train[:2]))
+    half = grokd.enlarge(store, images, np.array([0, 1, 1]), 0.5)
+    assert len(half.split("train")) == 1.5 * len(store.split("train"))
+    assert (union.counts("test") == store.counts("test")).all()
+
+
+SETS = '''
+import grokd
+
+kd = grokd.replace(student, weighting="average")
+recipe = grokd.replace(
+    recipe, seeds=(0,), diffusion=grokd.Diffusion(epochs=2, widths=(8, 16), num_timesteps=50),
+    data=grokd.replace(recipe.data, size=16, crop=12),
+    augments={
+        "config": grokd.Augment(student="kd", steps=2, iterations=3, min_teacher=0.0,
+                                max_student=1.0, in_flight=4),
+        "plain": grokd.Augment(student="kd", steps=2, guided=False, like="config"),
+    },
+    students={
+        "kd-config": grokd.replace(kd, augmented="config", augmented_ratio=0.5),
+        "kd-plain": grokd.replace(kd, augmented="plain", start="kd"),
+        "helper": grokd.replace(kd, weighting="one-hot", augmented="config"),
+        "both": grokd.replace(kd, augmented="config", rebalance="tab", helper="helper"),
+        "tab": grokd.replace(kd, rebalance="tab"),
+        "kd": kd,
+    },
+)
+'''
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*[0-9].png")}
+
+
+def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
+    tmp_path: Path, grokd_process: Run
+) -> None:
+    folder = write_images(tmp_path)
+    (folder / "tiny.py").write_text((folder / "tiny.py").read_text() + SETS)
+    grokd_process("run", "tiny.py", cwd=folder)
+    made = folder / "runs/tiny/augmented/config/seed0"
+    with open(made / "metadata.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows and {"label", "source", "seed", "iterations", "teacher_before", "student",
+                     "realism", "generator", "settings"} <= rows[0].keys()
+    model = grokd.load_model(folder / "runs/tiny/students/kd/seed0/model.safetensors")
+    for row in rows:  # the confidence is that of the written file
+        pixels = np.asarray(Image.open(made / row["image"])).transpose(2, 0, 1)
+        logits = model(torch.tensor(pixels[None, :, 2:14, 2:14] / 255).float())
+        assert float(logits.softmax(-1)[0, int(row["label"])]) == pytest.approx(float(row["student"]), abs=1e-4)
+    assert (made / "sheet.png").is_file() and list((made / "tensorboard").rglob("events*"))
+    report = (folder / "runs/tiny/report.md").read_text()
+    assert all(name in report for name in ("kd-config", "kd-plain", "both", "tab"))
+    plain = folder / "runs/tiny/augmented/plain/seed0"
+    assert pictures(plain).keys() == {row["image"] for row in rows}
+
+    before = pictures(made)
+    grokd_process("augment", "tiny.py", "--set", "config", cwd=folder)
+    assert pictures(made) == before
+    changed = grokd_process("augment", "tiny.py", "--set", "config", "--iterations", "2",
+                            cwd=folder)
+    assert "iterations 3 → 2" in changed.stdout
+    assert (folder / "runs/tiny/augmented/config+iterations=2/seed0/metadata.csv").is_file()
+
+    for name in ("done.json", "metadata.csv", "records-0.jsonl", "begun.json"):
+        (made / name).unlink()
+    for path in made.glob("*.png"):
+        path.unlink()
+    processes(TWO, "augment", "tiny.py", "--set", "config", cwd=folder)
+    assert pictures(made).keys() == before.keys()
+
+
+def test_killed_augmentation_goes_on_with_the_images_it_had(
+    tmp_path: Path, grokd_process: Run
+) -> None:
+    folder = write_images(tmp_path, per_group=12)
+    text = SETS.replace("iterations=3, min_teacher=0.0,", "iterations=40, min_teacher=0.9,")
+    text = text.replace("max_student=1.0, in_flight=4", "max_student=0.9, in_flight=4, share=1.0")
+    (folder / "tiny.py").write_text((folder / "tiny.py").read_text() + text)
+    for stage in ("teachers", "bias-model"):
+        grokd_process(stage, "tiny.py", cwd=folder)
+    grokd_process("distill", "tiny.py", "--student", "kd", cwd=folder)
+    command = [sys.executable, str(ROOT / "grokd.py"), "augment", "tiny.py", "--set", "config"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    made = folder / "runs/tiny/augmented/config/seed0"
+    for _ in range(600):
+        if (made / "records-0.jsonl").is_file() and grokd.read_records(made):
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    had = {r["source"]: r for r in grokd.read_records(made)}
+    assert had and not (made / "done.json").exists()
+    done = grokd_process("augment", "tiny.py", "--set", "config", cwd=folder, check=False)
+    found = grokd.read_records(made)
+    assert len(found) == len({r["source"] for r in found}) == 48
+    assert all(r in found for r in had.values())
+    assert done.returncode == 0 or "none of 48 sources" in done.stderr
