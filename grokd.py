@@ -328,7 +328,7 @@ class Diffusion:
     num_timesteps: Count = 1000  # Noise levels.
     class_conditional: bool = True  # Tell the generator the class.
     ema: Share = 0.999  # Decay of the moving average of weights, which is what is kept.
-    seed: Natural = 0
+    seed: Natural = 0  # Of weights and noise.
 
 @dataclass(frozen=True)
 class Augment:
@@ -1979,6 +1979,7 @@ class Generator:
         import diffusers
 
         diffusers.utils.logging.set_verbosity_error()
+        diffusers.utils.logging.disable_progress_bar()
         self.settings, self.size, self.device = settings, size, runtime.device
         self.dtype, self.evaluations = runtime.dtype, 0
         half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -2189,6 +2190,7 @@ class Sample:
     norm: float  # of the first latent
     state: list[Tensor]  # the optimiser's moments
     iteration: int = 0
+    judged: int = 0  # realism tests so far
     before: tuple[float, float] = (0.0, 0.0)  # confidences of teachers and student at first
     best: dict[str, Any] = field(default_factory=dict)
 
@@ -2247,7 +2249,8 @@ def generate(generator: Generator, judge: Judge, store: Store, sources: Sequence
         rows = torch.stack([v.double() for v in (passes, t, f, score, loss)], 1).tolist()
         for n, (sample, (passed, t_y, f_y, j, real)) in enumerate(zip(flight, rows, strict=True)):
             sample.before = (t_y, f_y) if not sample.iteration else sample.before
-            if passed or j > sample.best.get("score", -math.inf):
+            sample.judged += not math.isnan(real)
+            if passed or sample.iteration == 0 or j > sample.best["score"]:
                 sample.best = {
                     "score": j, "accepted": bool(passed), "source": sample.source,
                     "label": sample.label, "seed": seed, "iterations": sample.iteration,
@@ -2261,9 +2264,11 @@ def generate(generator: Generator, judge: Judge, store: Store, sources: Sequence
             for sample, own, over in zip(flight, gradient, done, strict=True):
                 if not over:
                     climb(sample, own, settings)
-                sample.iteration += 1
+                    sample.iteration += 1
         log({k: float(v.mean()) for k, v in figures.items()})
-        yield from (s.best for s, over in zip(flight, done, strict=True) if over)
+        for sample, over in zip(flight, done, strict=True):
+            if over:
+                yield sample.best | {"steps": sample.iteration, "judged": sample.judged}
         flight = [s for s, over in zip(flight, done, strict=True) if not over]
 
 def pick_sources(settings: Augment, probabilities: Tensor, labels: np.ndarray) -> np.ndarray:
@@ -3386,7 +3391,8 @@ def find_models(ctx: Context) -> tuple[list[Found], list[str]]:
             else:
                 path = ctx.out / "students" / name / f"seed{seed}" / "model.safetensors"
                 old = json.loads(read_metadata(path).get("settings", "{}"))
-                inputs = {k for k in old if k.startswith("parent ")} | ctx.data_settings().keys()
+                inputs = {k for k in old if k.startswith(("parent teachers", "parent bias"))}
+                inputs |= ctx.data_settings().keys()
                 settings = {k: v for k, v in old.items() if k not in inputs}
                 settings |= {k: now.get(k) for k in inputs}
                 expected.append((name, Artefact(path, settings)))

@@ -2,7 +2,8 @@
 
 5 ResNet-50 teachers and a biased one, ResNet-18 student, 64 pixels, batch 32, random weights and
 images; medians of several alternating runs. --encoded N instead reads N generated JPEGs through
-the encoded store; --estimate prints the disk space that known data sets take. Not collected by
+the encoded store; --estimate prints the disk space that known data sets take; --augment FOLDER
+counts a finished set's UNet evaluations. Not collected by
 pytest: times are measured, never asserted.
 """
 
@@ -227,10 +228,28 @@ def estimate() -> list[list[str]]:
     ]
 
 
+def evaluations(folder: Path) -> list[list[str]]:
+    """UNet evaluations (realism tests included) per accepted image of a finished set: as made,
+    and in batches of a fixed make-up that stop when all their samples pass or the budget ends."""
+    settings = json.loads(json.loads((folder / "done.json").read_text())["settings"])
+    records = grokd.read_records(folder)
+    levels, steps = len(grokd.Generator.LEVELS), settings["steps"]
+    accepted = sum(record["accepted"] for record in records)
+    judged = levels * sum(record["judged"] for record in records)
+    made = steps * sum(record["steps"] + 1 for record in records) + judged
+    rows = [["continuous batching", f"{made / accepted:,.0f}"]]
+    for size in (16, 64):
+        batches = [records[i : i + size] for i in range(0, len(records), size)]
+        fixed = sum(len(b) * (max(r["steps"] for r in b) + 1) for b in batches) * steps + judged
+        rows.append([f"batches of {size} until all their samples pass", f"{fixed / accepted:,.0f}"])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--encoded", type=int, default=0, help="number of JPEGs")
     parser.add_argument("--estimate", action="store_true", help="disk for known data sets")
+    parser.add_argument("--augment", type=Path, help="folder of a finished set of images")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--save", type=Path, help="write the table as JSON")
     args = parser.parse_args()
@@ -241,6 +260,9 @@ def main() -> None:
         elif args.estimate:
             header = ["data set, 256 pixels", "decoded store", "targets of 11 models, a view"]
             rows = estimate()
+        elif args.augment:
+            header = ["UNet evaluations per accepted image", args.augment.parent.name]
+            rows = evaluations(args.augment)
         else:
             header, rows = ["this", "against", "ratio"], speed(folder, args.runs)
     print(grokd.table(header, rows))

@@ -368,7 +368,8 @@ def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
     for row in rows:  # the confidence is that of the written file
         pixels = np.asarray(Image.open(made / row["image"])).transpose(2, 0, 1)
         logits = model(torch.tensor(pixels[None, :, 2:14, 2:14] / 255).float())
-        assert float(logits.softmax(-1)[0, int(row["label"])]) == pytest.approx(float(row["student"]), abs=1e-4)
+        p = float(logits.softmax(-1)[0, int(row["label"])])
+        assert p == pytest.approx(float(row["student"]), abs=1e-4)
     assert (made / "sheet.png").is_file() and list((made / "tensorboard").rglob("events*"))
     report = (folder / "runs/tiny/report.md").read_text()
     assert all(name in report for name in ("kd-config", "kd-plain", "both", "tab"))

@@ -35,10 +35,11 @@ def test_command_help_shows_the_recipes_values_with_advice(
     assert "--student" in text
 
 
-@pytest.mark.parametrize("command", ["teachers", "bias-model", "distill", "eval", "run"])
+@pytest.mark.parametrize("command", ["teachers", "bias-model", "distill", "augment", "eval", "run"])
 def test_every_flag_has_advice(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = "digits_augment" if command == "augment" else "digits"
     with pytest.raises(SystemExit) as end:
-        grokd.command_line([command, "digits", "--help"])
+        grokd.command_line([command, recipe, "--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     flags = [part for part in text.split(" --")[1:] if "(default:" in part or " STR" in part]
