@@ -3168,7 +3168,7 @@ def train_generator(ctx: Context) -> Path:
                 optimizer.step()
                 ema.step(unet.parameters())
                 step += 1
-                mean += (float(loss) - mean) / min(step, 100)
+                mean += (loss.item() - mean) / min(step, 100)
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 bar.update()
             if time.monotonic() - saved > 60:

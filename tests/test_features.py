@@ -1,5 +1,6 @@
 """Feature distillation: losses, weightings, layers and adapters, against slow formulas."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -311,7 +312,10 @@ STUDENTS = '''
 import grokd
 
 base = student
-recipe = grokd.replace(recipe, seeds=(0,), students={
+recipe = grokd.replace(recipe, seeds=(0,), eval=grokd.Eval(baseline="pooled", probes=True),
+                       students={
+    "plain": base,
+    "more": grokd.replace(base, gamma=(1.0,), feature_weights="agre"),
     "pooled": grokd.replace(base, gamma=(0.5,), feature_weights="agre"),
     "maps": grokd.replace(base, gamma=(0.1, 0.2), layers=("layer2", "pooled")),
     "contrastive": grokd.replace(base, gamma=(0.8,), feature_loss="contrastive"),
@@ -331,6 +335,22 @@ def test_students_with_features_train_alone_and_in_two_processes(
     recipe = (folder / "tiny.py").read_text().replace('("cnn2", "resnet8")', '("cnn2",)')
     (folder / "tiny.py").write_text(recipe + STUDENTS)
     grokd_process("run", "tiny.py", cwd=folder)
+    results = json.loads((folder / "runs/tiny/results.json").read_text())
+    report = (folder / "runs/tiny/report.md").read_text()
+    wga = {row["name"]: row["members"][0]["wga"] for row in results["rows"]}
+    line = next(line for line in report.splitlines() if line.startswith("| maps "))
+    assert line.split("|")[-2].strip() == f"{wga['maps'] - wga['pooled']:.1f}"
+    assert "WGA − pooled's" in report
+    assert "One image of the smallest group is 25.000 points" in report
+    assert {"field": "gamma", "label": "agre, features agre",
+            "points": [[0.0, "plain"], [0.5, "pooled"], [1.0, "more"]]} in results["curves"]
+    assert (folder / "runs/tiny/curves.png").is_file()
+    probes = {row["name"]: row["scores"] for row in results["probes"]}
+    names = {f"{layer}: {kind}" for layer in ("layer1", "layer2", "pooled")
+             for kind in ("label", "attribute")}
+    assert names <= probes["maps"].keys() == probes["teachers, ERM"].keys()
+    assert probes["teachers, ERM"]["layer1: attribute"] == 100  # the colour, at first sight
+
     for made in ("teachers", "bias-model"):
         shutil.copytree(folder / "runs/tiny" / made, folder / "two" / made)
     processes(TWO, "distill", "tiny.py", "--out", "two", "--parallel", "data", cwd=folder)
