@@ -1769,7 +1769,7 @@ class FeatureLoss:
             shared = shared or (settings.adapters == "auto" and equal and self.pretrained)
             strict = shared or settings.feature_weights in ("agree", "disagree")
             if settings.feature_weights == "agre" and settings.feature_space == "adapted":
-                strict, equal = True, len(set(widths)) == 1
+                strict, equal = True, len({width for width in widths if width}) == 1
             if strict and not equal:
                 raise Problem(f"layer {name}: the networks have {', '.join(map(str, widths))} "
                               "channels, where adapters = shared, feature_space = adapted and "
@@ -1844,15 +1844,15 @@ class FeatureLoss:
             elements = agreement(torch.stack(teachers))
         elif settings.feature_weights == "disagree":
             elements = disagreement(torch.stack(teachers))
-            elements = elements / (batch.runtime.sum(elements.sum()) / batch.total)
+            mean = batch.runtime.sum(elements.sum()) / batch.total
+            elements = elements / mean.clamp(min=1e-30)
         if settings.feature_dropout:
             draws = hash_uniform(self.seed, 8, batch.step, i, np.arange(adapted[0].shape[1]))
             kept_channels = torch.from_numpy(draws >= settings.feature_dropout).to(student)
             elements = elements * kept_channels[:, None, None] / (1 - settings.feature_dropout)
         if self.shared[i]:
-            mean = sum(share[:, None, None, None] * f
-                       for share, f in zip(shares, teachers, strict=True))
-            teachers, shares = [typing.cast(Tensor, mean)], (shares.sum(0, keepdim=True) > 0)
+            target = (shares[:, :, None, None, None] * torch.stack(teachers)).sum(0)
+            teachers, shares = [target.to(student)], shares.sum(0, keepdim=True) > 0
         distances = torch.stack([(elements * (a - f).square()).mean((1, 2, 3))
                                  for a, f in zip(adapted, teachers, strict=True)])
         return (shares * distances).sum(0), own_loss
@@ -2150,6 +2150,8 @@ class Judge:
                  iterations: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """dJ/dimages, and each sample's terms and their gradients' norms; cutouts and noise are
         functions of key and iteration."""
+        from torchvision.transforms.v2.functional import resized_crop
+
         settings, size = self.settings, images.shape[-1]
         shown = images.detach().to(self.student.head.weight.dtype).requires_grad_()
         views = [shown]
@@ -2160,8 +2162,7 @@ class Judge:
             corners = [(int(v * (size - s + 1)), int(w * (size - s + 1))) for s, (_, v, w)
                        in zip(sides, draws, strict=True)]
             views.append(torch.cat([
-                F.interpolate(shown[n : n + 1, :, y : y + s, x : x + s], (size, size),
-                              mode="bilinear", antialias=True)
+                resized_crop(shown[n : n + 1], y, x, s, s, [size, size], antialias=True)
                 for n, (s, (x, y)) in enumerate(zip(sides, corners, strict=True))]))
         terms = []
         for number, view in enumerate(views):

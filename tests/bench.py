@@ -3,8 +3,8 @@
 5 ResNet-50 teachers and a biased one, ResNet-18 student, 64 pixels, batch 32, random weights and
 images; medians of several alternating runs. --encoded N instead reads N generated JPEGs through
 the encoded store; --estimate prints the disk space that known data sets take; --augment FOLDER
-counts a finished set's UNet evaluations. Not collected by
-pytest: times are measured, never asserted.
+counts a finished set's UNet evaluations. Not collected by pytest: times are measured, never
+asserted.
 """
 
 import argparse
