@@ -10,6 +10,7 @@ of a deliberately biased model (AGRE-KD, Kenfack et al., TMLR 2025, arXiv 2411.1
     python grokd.py teachers RECIPE               # stage by stage ...
     python grokd.py bias-model RECIPE
     python grokd.py distill RECIPE --student agre --tau 8
+    python grokd.py augment RECIPE                # images on which the student is wrong (ConfiG)
     python grokd.py eval RECIPE
     python grokd.py eval RECIPE --models a.safetensors b.safetensors
     accelerate launch grokd.py run RECIPE         # the same, on several GPUs
@@ -3658,7 +3659,7 @@ def overview() -> str:
     lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()] + ["", "Recipes:"]
     for path in recipe_files():
         doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        lines.append(f"  {path.stem:<16}{doc.splitlines()[0] if doc else ''}")
+        lines.append(f"  {path.stem:<24}{doc.splitlines()[0] if doc else ''}")
     return "\n".join(lines)
 
 def recipe_files() -> list[Path]:

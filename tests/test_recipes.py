@@ -74,7 +74,7 @@ def test_measured_teachers_gain_ten_points_by_refitting() -> None:
     assert sizes == [5, 5]
 
 
-@pytest.mark.parametrize("ratio", ["99.5", "99", "98", "95"])
+@pytest.mark.parametrize("ratio", ["99.5", "95"])
 def test_coloured_mnist_is_aligned_as_stated(ratio: str, data_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(data_folder / "MNIST", tmp_path / "MNIST")  # torchvision unpacks it there
     recipe = grokd.load_recipe(f"colored_mnist:{ratio}")
