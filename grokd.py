@@ -3523,9 +3523,13 @@ def draw_curves(results: Mapping[str, Any]) -> bytes:
     figure, pyplot = new_figure()
     found, rows = results["curves"], {row["name"]: row["members"] for row in results["rows"]}
     fields_ = list(dict.fromkeys(curve["field"] for curve in found))
-    figure.set_size_inches(max(5.0, 3.6 * len(fields_)), 3.6)
-    axes = figure.subplots(1, len(fields_), sharey=True, squeeze=False)[0]
-    for axis, key in zip(axes, fields_, strict=True):
+    columns = min(3, len(fields_))
+    lines = math.ceil(len(fields_) / columns)
+    figure.set_size_inches(max(5.0, 3.4 * columns), 3.0 * lines)
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for axis in axes[len(fields_) :]:
+        axis.remove()
+    for axis, key in zip(axes, fields_, strict=False):
         for curve in (curve for curve in found if curve["field"] == key):
             points = [(x, *spread([m["wga"] for m in rows[name]])) for x, name in curve["points"]
                       if name in rows]
@@ -3535,7 +3539,7 @@ def draw_curves(results: Mapping[str, Any]) -> bytes:
         axis.set_xlabel(key)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel(f"WGA, % of {results['about']['split']} images (mean ± std)")
+    figure.supylabel(f"WGA, % of {results['about']['split']} images (mean ± std)")
     return png(figure, pyplot)
 
 def new_figure() -> tuple[Any, Any]:
