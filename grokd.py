@@ -465,8 +465,11 @@ def _in_words(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
-def check_recipe(recipe: Recipe, name: str) -> None:
-    """Raise Problem for a value of wrong type or range, or values that exclude each other."""
+def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> None:
+    """Raise Problem for a value of wrong type or range, or values that exclude each other.
+
+    Students and sets may refer to those of `original`, the recipe before some were picked.
+    """
     check(recipe, Recipe, name)
     data, teachers, bias_model = recipe.data, recipe.teachers, recipe.bias_model
     trains = {f"students[{key!r}]": student.train for key, student in recipe.students.items()}
@@ -487,6 +490,18 @@ def check_recipe(recipe: Recipe, name: str) -> None:
     refuse(bias_model.kind == "teacher" and bias_model.teacher >= teachers.num_teachers,
            f"bias_model.teacher = {bias_model.teacher}, but there are {teachers.num_teachers} "
            "teachers, counted from 0")
+    students, sets = ({**getattr(original or recipe, kind), **getattr(recipe, kind)}
+                      for kind in ("students", "augments"))
+    references = [(f"students[{key!r}].{item}", getattr(student, item), known)
+                  for key, student in recipe.students.items()
+                  for item, known in (("start", students), ("helper", students),
+                                      ("augmented", sets))]
+    references += [(f"augments[{key!r}].{item}", getattr(section, item), known)
+                   for key, section in recipe.augments.items()
+                   for item, known in (("student", students), ("like", sets))]
+    for place, value, known in references:
+        refuse(bool(value) and value not in known,
+               f"{place} = {value!r} names nothing{suggest(value, [*known]) if value else ''}")
     for key, section in recipe.augments.items():
         refuse(key in recipe.students, f"{key!r} names a student and a set of images")
         refuse(not re.fullmatch(r"\w[\w.+=,-]*", key),
@@ -535,6 +550,10 @@ def hash_bits(*keys: int | np.ndarray) -> np.ndarray:
 def hash_uniform(*keys: int | np.ndarray) -> np.ndarray:
     """Uniform numbers in [0, 1), a function of the integers alone."""
     return (hash_bits(*keys) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+def seed_of(*keys: int) -> int:
+    """A seed for torch, a function of the keys alone."""
+    return int(hash_bits(*keys)[0] >> np.uint64(1))
 
 def permutation(n: int, *keys: int) -> np.ndarray:
     """A random order of 0..n-1, a function of the keys alone."""
@@ -1588,8 +1607,11 @@ def agre_weights(
     scale_b = torch.where(square_b > 0, square_b, 1).rsqrt().unsqueeze(-1)
     u, k_u = d_t * scale_t - d_b * scale_b, k_t * scale_t - k_b * scale_b
     weights = (u * k_u).sum(-1) / 2
-    weights = torch.where(weights < 1e-5, 0, weights).clamp(max=2)
-    return torch.where(nil, 1, weights)
+    return bounded(weights, nil)
+
+def bounded(weights: Tensor, nil: Tensor) -> Tensor:
+    """AGRE weights within [0, 2]: under 1e-5 they count as 0, and where a gradient is nil as 1."""
+    return torch.where(nil, 1, torch.where(weights < 1e-5, 0, weights).clamp(max=2))
 
 def ae_kd_weights(student: Tensor, teachers: Tensor, tau: float, total: int,
                   reduce: Callable[[Tensor], Tensor]) -> Tensor:
@@ -1758,7 +1780,7 @@ class FeatureLoss:
         """Tap the student, and give it the adapters as parameters that are trained with it."""
         settings, count = self.settings, self.targets.num_teachers
         self.tap = Tap(model, [own for _, own, _, _ in self.layers], self.side)
-        torch.manual_seed(int(hash_bits(self.seed, 7)[0] >> np.uint64(1)))
+        torch.manual_seed(seed_of(self.seed, 7))
         model.adapters = nn.ModuleList()
         self.shared: list[bool] = []
         for name, own, other, _ in self.layers:
@@ -1875,8 +1897,7 @@ def feature_agre(adapted: Sequence[Tensor], teachers: Sequence[Tensor], adapted_
         pulls = [F.conv_transpose2d(pull, a) for pull, a in zip(pulls, matrices, strict=True)]
     *u, u_b = (F.normalize(pull.flatten(1), dim=1, eps=1e-30) for pull in pulls)
     weights = torch.stack([(each - u_b).square().sum(1) / 2 for each in u])
-    weights = torch.where(weights < 1e-5, 0, weights).clamp(max=2)
-    return torch.where(torch.stack(nil) | nil_b, 1, weights)
+    return bounded(weights, torch.stack(nil) | nil_b)
 
 def disagreement(features: Tensor) -> Tensor:
     """Variance over teachers of [M, b, d, h, w], meaned over dimensions: a weight per sample
@@ -1911,11 +1932,9 @@ def gather_rows(rows: Tensor, batch: Batch) -> tuple[Tensor, int]:
     parts = collective.all_gather(F.pad(rows, (0, 0, 0, counts[0] - len(rows))))
     return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]), sum(counts[:rank])
 
-def distill_objective(settings: Distill, targets: Targets | None, seed: int,
+def distill_objective(settings: Distill, targets: Targets, seed: int,
                       features: FeatureLoss | None = None) -> Objective:
     """(1 - alpha) CE + alpha wKD + features, with the student's weighting of the teachers."""
-    if targets is None:
-        return erm_objective()
 
     def losses(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logits, tau = batch.logits, settings.tau
@@ -1963,7 +1982,7 @@ def distill_objective(settings: Distill, targets: Targets | None, seed: int,
 
 def noise_like(shape: Sequence[int], dtype: torch.dtype, *keys: int) -> Tensor:
     """Normal noise, a function of the keys alone."""
-    source = torch.Generator().manual_seed(int(hash_bits(*keys)[0] >> np.uint64(1)))
+    source = torch.Generator().manual_seed(seed_of(*keys))
     return torch.randn(tuple(shape), generator=source, dtype=dtype)
 
 class Generator:
@@ -1994,8 +2013,8 @@ class Generator:
             if name not in ("DDPMPipeline", "DDIMPipeline", "StableDiffusionPipeline"):
                 raise Problem(f"Generator {source} is a {name}: it must be Stable Diffusion 1.x, "
                               "2.x or SD-Turbo, or a DDPMPipeline of a UNet2DModel.")
-            self.latent, extra = name == "StableDiffusionPipeline", {}
-            if self.latent:
+            latent, extra = name == "StableDiffusionPipeline", {}
+            if latent:
                 if not importlib.util.find_spec("transformers"):
                     raise Problem(f"Generator {source} needs the package transformers: install "
                                   "grokd with its extra sd (uv sync --extra sd).")
@@ -2013,8 +2032,8 @@ class Generator:
         self.scheduler, self.noising = kind, diffusers.DDPMScheduler.from_config(kind.config)
         self.unet = ready(pipe.unet)
         side, self.scale, self.text = int(self.unet.config.sample_size), 1.0, None
-        self.vae = ready(pipe.vae) if self.latent else None
-        if self.latent:
+        self.vae = ready(pipe.vae) if latent else None
+        if latent:
             self.scale = pipe.vae.config.scaling_factor
             side *= 2 ** (len(pipe.vae.config.block_out_channels) - 1)
             prompts = [*(settings.prompt.format(name) for name in class_names), ""]
@@ -2229,7 +2248,7 @@ def generate(generator: Generator, judge: Judge, store: Store, sources: Sequence
     while queue or flight:
         while queue and len(flight) < settings.in_flight:
             source = queue.pop()
-            key = int(hash_bits(seed, source)[0] >> np.uint64(2))
+            key = seed_of(seed, source)
             z = generator.begin(store.raw(np.array([source])), key)[0]
             flight.append(Sample(source, key, int(store.labels[source]), z, float(z.norm()),
                                  [torch.zeros_like(z), torch.zeros_like(z)]))
@@ -2510,6 +2529,11 @@ class Artefact:
     @property
     def fingerprint(self) -> str:
         return digest(self.settings)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a file says of itself, to be recognised: fingerprint, and the settings as JSON."""
+        return {"fingerprint": self.fingerprint, "settings": json.dumps(dict(self.settings))}
 
     def mismatch(self) -> str:
         """Empty if the file stands as described, else what is wrong with it."""
@@ -2827,8 +2851,7 @@ def fit(model: Classifier, objective: Objective, train: Train, artefact: Artefac
             run.sums = {k: torch.zeros_like(v) for k, v in run.sums.items()}
             run.current = torch.zeros_like(run.current)
         else:
-            described = {"fingerprint": artefact.fingerprint, "threads": torch.get_num_threads(),
-                         "settings": json.dumps(dict(artefact.settings)), "run": vars(run),
+            described = {**artefact.identity, "threads": torch.get_num_threads(), "run": vars(run),
                          "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_checkpoint(folder, run.step, described)
         return time.monotonic()
@@ -2898,17 +2921,17 @@ def accumulate(model: Classifier, network: nn.Module, objective: Objective, trai
                view: int, seed: int, runtime: Runtime) -> Tensor:
     """Gradients of one batch of `total` images, of which this process has `parts` (micro-batches:
     places in the training set, stored images). Adds to `run`; returns the images last seen."""
-    from torchvision.transforms import v2
-
     indices, device = store.split("train"), runtime.device
-    mixers = {"cutmix": v2.CutMix(alpha=1.0, num_classes=store.num_classes),
-              "mixup": v2.MixUp(alpha=0.2, num_classes=store.num_classes)}
     for number, (places, raw) in enumerate(parts):
-        torch.manual_seed(int(hash_bits(seed, run.step, runtime.rank, number)[0] >> 1))
+        torch.manual_seed(seed_of(seed, run.step, runtime.rank, number))
         images = store.view(indices[places], device, view, train.view_seed, raw)
         labels = torch.from_numpy(store.labels[indices[places]]).to(device)
         if train.mix != "none":
-            images, labels = mixers[train.mix](images, labels)  # labels are now shares, [b, C]
+            from torchvision.transforms import v2
+
+            mixer, alpha = (v2.CutMix, 1.0) if train.mix == "cutmix" else (v2.MixUp, 0.2)
+            # From here on labels are shares, [b, C].
+            images, labels = mixer(alpha=alpha, num_classes=store.num_classes)(images, labels)
         last = number == len(parts) - 1
         with contextlib.nullcontext() if last else runtime.accelerator.no_sync(network):
             with runtime.autocast():
@@ -3134,8 +3157,8 @@ def train_generator(ctx: Context) -> Path:
         optimizer = torch.optim.AdamW(unet.parameters(), section.lr)
         ema = EMAModel(unet.parameters(), section.ema)
         steps = math.ceil(len(indices) / section.batch_size)
-        plan, step, checkpoints = Train(section.epochs, lr=section.lr, schedule="cosine"), 0, (
-            artefact.path.parent / "checkpoints")
+        plan, step = Train(section.epochs, lr=section.lr, schedule="cosine"), 0
+        checkpoints = artefact.path.parent / "checkpoints"
         if (state := load_checkpoint(checkpoints)) and state["fingerprint"] == artefact.fingerprint:
             unet.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -3183,8 +3206,7 @@ def train_generator(ctx: Context) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         pipeline: Any = DDPMPipeline(unet, scheduler)
         pipeline.save_pretrained(folder)
-        write_file(artefact.path, json.dumps({"fingerprint": artefact.fingerprint,
-                                              "settings": json.dumps(dict(artefact.settings))}))
+        write_file(artefact.path, json.dumps(artefact.identity))
         shutil.rmtree(checkpoints, ignore_errors=True)
         say(f"generator: denoising loss {mean:.4f}, {time.monotonic() - began:.0f} s")
     return folder
@@ -3203,8 +3225,6 @@ def make_set(ctx: Context, settings: Augment, artefact: Artefact, seed: int) -> 
     """Generate one set: PNGs as they are accepted, a line for each source in records-*.jsonl, at
     the end metadata.csv and sheet.png. What a killed run had recorded is not made again."""
     runtime, store, folder = ctx.runtime, ctx.store, artefact.path.parent
-    identity = {"fingerprint": artefact.fingerprint,
-                "settings": json.dumps(dict(artefact.settings))}
     begun = folder / "begun.json"
     if begun.is_file() and read_metadata(begun)["fingerprint"] != artefact.fingerprint:
         old = json.loads(read_metadata(begun)["settings"])
@@ -3215,7 +3235,7 @@ def make_set(ctx: Context, settings: Augment, artefact: Artefact, seed: int) -> 
     if runtime.rank == 0 and (ctx.common.redo or not begun.is_file()):
         for path in [*folder.glob("records-*.jsonl"), *folder.glob("*.png")]:
             path.unlink()
-        write_file(begun, json.dumps(identity))
+        write_file(begun, json.dumps(artefact.identity))
     source = settings.generator or str(train_generator(ctx))
     runtime.wait()
     generator = Generator(source, settings, store.class_names, store.data.size, runtime)
@@ -3282,7 +3302,7 @@ def make_set(ctx: Context, settings: Augment, artefact: Artefact, seed: int) -> 
         writer.writerows({**record, **common} for record in accepted)
         write_file(folder / "metadata.csv", table_file.getvalue())
         write_file(folder / "sheet.png", draw_sheet(folder, records, generator, store, seed))
-        write_file(artefact.path, json.dumps(identity))
+        write_file(artefact.path, json.dumps(artefact.identity))
         spent = generator.evaluations / max(1, count.get(True, 0))
         say(f"{ctx.label(artefact)}: {len(accepted):,} of {len(records):,} accepted, {spent:,.0f} "
             f"UNet evaluations each, {time.monotonic() - began:.0f} s")
@@ -3312,8 +3332,8 @@ def calibrate(generator: Generator, store: Store, share: float) -> float:
              in zip(groups, losses, strict=True)}
     told = ", ".join(f"{name} {100 * rate:.0f} %" for name, rate in rates.items())
     reject = min(rates.values()) >= 0.8
-    say(f"realism: validation images that pass: {told}" + "" * reject + (
-        "; under 80 % in a group, so it is reported and nothing is rejected" * (not reject)))
+    note = "" if reject else "; under 80 % in a group, so it is reported and nothing is rejected"
+    say(f"realism: validation images that pass: {told}{note}")
     return threshold if reject else math.inf
 
 def draw_sheet(folder: Path, records: Sequence[Mapping[str, Any]], generator: Generator,
@@ -3329,7 +3349,7 @@ def draw_sheet(folder: Path, records: Sequence[Mapping[str, Any]], generator: Ge
     figure.set_size_inches(1.5 * len(chosen), 5.2)
     axes = figure.subplots(3, len(chosen), squeeze=False)
     for column, (kind, record) in enumerate(chosen):
-        key = int(hash_bits(seed, record["source"])[0] >> np.uint64(2))
+        key = seed_of(seed, record["source"])
         raw = store.raw(np.array([record["source"]]))
         with torch.no_grad():
             labels = torch.tensor([record["label"]], device=generator.device)
@@ -3453,9 +3473,11 @@ def run_eval(ctx: Context, models: Sequence[Path] = ()) -> None:
                  for name, members in rows.items()],
         "left_out": left_out,
         "curves": curves(ctx.recipe),
-        "probes": probe_models(ctx, by_trunk) if ctx.recipe.eval.probes else [],
+        "probes": [],
     }
     if ctx.runtime.accelerator.is_main_process:
+        if ctx.recipe.eval.probes:
+            results["probes"] = probe_models(ctx, by_trunk)
         if results["curves"]:
             write_file(ctx.out / f"curves{end}.png", draw_curves(results))
         write_file(ctx.out / f"results{end}.json", json.dumps(results, indent=1) + "\n")
@@ -3593,7 +3615,7 @@ def report(results: Mapping[str, Any]) -> str:
     probes = []
     if results["probes"]:
         header = sorted({name for row in results["probes"] for name in row["scores"]})
-        lines = [[row["name"], *(f"{v:.1f}" if (v := row["scores"].get(name)) else "–"
+        lines = [[row["name"], *("–" if (v := row["scores"].get(name)) is None else f"{v:.1f}"
                                  for name in header)] for row in results["probes"]]
         probes = ["## Linear probes", "Group mean, in per cent, of a logistic regression on a "
                   "layer's mean over positions: fitted on group-balanced images of validation, "
@@ -3778,16 +3800,16 @@ def apply_flags(command: str, recipe: Recipe, name: str,
     kept |= {many: found} if many else {}
     common = flags.common
     check(common, Common, "flags")
-    recipe = replace(recipe, **kept, root=common.root, seeds=common.seeds)
-    if many == "students":  # what refers to a student finds it under its new name
-        def renamed(value: Any, *names: str) -> Any:
-            new = {n: changed_names.get(getattr(value, n), getattr(value, n)) for n in names}
-            return replace(value, **new)
+    original, recipe = recipe, replace(recipe, **kept, root=common.root, seeds=common.seeds)
 
-        recipe = replace(
-            recipe, students={k: renamed(v, "start", "helper") for k, v in found.items()},
-            augments={k: renamed(v, "student") for k, v in recipe.augments.items()})
-    check_recipe(recipe, "flags")
+    def renamed(value: Any, *names: str) -> Any:  # what refers to a section finds its new name
+        new = {n: changed_names.get(getattr(value, n), getattr(value, n)) for n in names}
+        return replace(value, **new)
+
+    recipe = replace(
+        recipe, students={k: renamed(v, "start", "helper") for k, v in recipe.students.items()},
+        augments={k: renamed(v, "student", "like") for k, v in recipe.augments.items()})
+    check_recipe(recipe, "flags", original)
     return recipe, common, getattr(flags, "models", ())
 
 def command_line(argv: Sequence[str]) -> None:

@@ -276,6 +276,43 @@ def test_generators_that_cannot_be_used_are_one_line(
         make(stable_diffusion, SETTINGS, store, runtime)
 
 
+def test_images_that_look_unreal_are_rejected(
+    pixels: str, store: Store, runtime: Runtime
+) -> None:
+    settings = replace(SETTINGS, realism=0.9, iterations=20)
+    sources = [int(i) for i in store.split("train")]
+    real = {}
+    for threshold in (float("inf"), 0.0):
+        judges = judge(store, settings)
+        judges.threshold = threshold
+        generator = make(pixels, settings, store, runtime)
+        real[threshold] = list(grokd.generate(generator, judges, store, sources, seed=3))
+    assert any(r["accepted"] for r in real[float("inf")])
+    assert not any(r["accepted"] for r in real[0.0])
+    assert sum(r["judged"] for r in real[0.0]) > sum(r["judged"] for r in real[float("inf")]) > 0
+
+
+def test_realism_rejects_only_where_every_group_passes(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Losses:
+        device = torch.device("cpu")
+        rare = 0.0
+
+        def realism(self, raw: np.ndarray, labels: Tensor) -> Tensor:
+            first = bool(labels[0] == 0) and len(seen) == 0
+            seen.append(1)
+            return torch.arange(len(labels)).double() / 10 + (self.rare if first else 0)
+
+    seen: list[int] = []
+    losses: Any = Losses()
+    assert grokd.calibrate(losses, store, 1.0) == pytest.approx(0.3)  # 4 images of each group
+    seen.clear()
+    losses.rare = 9.0
+    assert grokd.calibrate(losses, store, 0.7) == float("inf")
+    assert "under 80 % in a group, so it is reported" in capsys.readouterr().out
+
+
 def test_sources_are_chosen_by_confidence() -> None:
     labels = np.array([0, 0, 1, 1])
     p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2], [0.3, 0.7]])  # f_y .9 .6 .2 .7
@@ -348,6 +385,18 @@ recipe = grokd.replace(
     },
 )
 '''
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"augmented": "confg"}, r"augmented = 'confg' names nothing; did you mean config"),
+    ({"start": "kdd"}, r"start = 'kdd' names nothing; did you mean kd"),
+    ({"rebalance": "tab", "helper": "none"}, r"helper = 'none' names nothing"),
+])
+def test_unknown_references_are_refused_before_any_work(change: Any, told: str) -> None:
+    recipe = grokd.load_recipe("digits_augment")
+    students = {"kd": replace(recipe.students["kd"], **change)}
+    with pytest.raises(Problem, match=told):
+        grokd.check_recipe(replace(recipe, students=students, augments=recipe.augments), "mine")
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
