@@ -100,6 +100,31 @@ def test_first_gradient_is_that_of_uncached_teachers(store: Store, make: Make) -
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(*gradients, strict=True))
 
 
+def test_pooled_features_are_those_of_each_trunk_in_half_precision(
+    store: Store, runtime: Runtime
+) -> None:
+    first, second = network(0), network(1, "cnn2")
+    models = [first, with_head(first, 5), second]
+    plain = [first.features, first.features, second.features]
+    indices = store.split("train")
+    images = store.view(indices, CPU, 2)
+    expected = [features(images)[:, :, None, None] for features in plain]
+    targets = Targets(models, 3, store, {}, runtime, 0, pooled=True)
+    targets.prepare(2)
+    assert len(files(targets)) == 3 + 2  # logits of each model, features of each trunk
+    places = np.array([260, 3, 0])
+    for found, features in zip(targets.pooled(places), expected, strict=True):
+        torch.testing.assert_close(found, features[places], rtol=2e-3, atol=1e-3)
+
+
+def test_mixed_images_are_shown_to_each_teacher(store: Store, runtime: Runtime) -> None:
+    models = [network(0), with_head(network(0), 5), network(1, "cnn2")]
+    images = torch.rand(4, 3, 16, 16)
+    expected = torch.stack([model(images) for model in models])
+    found = Targets(models, 3, store, {}, runtime, 0).ask(images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_second_student_does_not_run_the_teachers(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
