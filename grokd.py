@@ -31,6 +31,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import graphlib
 import hashlib
 import importlib.util
 import inspect
@@ -319,7 +320,8 @@ class Distill:
 
 @dataclass(frozen=True)
 class Diffusion:
-    """The generator that `augment` trains where a set names none: pixels, by DDPM (Ho 2020)."""
+    """The generator that `augment` trains where a set names none: a DDPM of pixels (Ho et al. 2020)
+    that predicts v (Salimans and Ho 2022) on the cosine schedule (Nichol and Dhariwal 2021)."""
 
     # Passes over the training images. More if generated images look like noise.
     epochs: Natural = 300
@@ -465,6 +467,13 @@ def _in_words(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
+def dependencies(students: Mapping[str, Distill],
+                 sets: Mapping[str, Augment]) -> graphlib.TopologicalSorter[str]:
+    """What each student and each set of images needs to be there before."""
+    needs = {key: {s.start, s.helper, s.augmented} for key, s in students.items()}
+    needs |= {key: {a.student, a.like} for key, a in sets.items()}
+    return graphlib.TopologicalSorter({k: v & needs.keys() for k, v in needs.items()})
+
 def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> None:
     """Raise Problem for a value of wrong type or range, or values that exclude each other.
 
@@ -502,6 +511,11 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
     for place, value, known in references:
         refuse(bool(value) and value not in known,
                f"{place} = {value!r} names nothing{suggest(value, [*known]) if value else ''}")
+    try:
+        dependencies(students, sets).prepare()
+    except graphlib.CycleError as error:
+        refuse(True, f"{', '.join(sorted({*error.args[1]}))} wait for each other: see start, "
+                     "helper and augmented of the students, student and like of the sets")
     for key, section in recipe.augments.items():
         refuse(key in recipe.students, f"{key!r} names a student and a set of images")
         refuse(not re.fullmatch(r"\w[\w.+=,-]*", key),
@@ -3153,11 +3167,14 @@ def train_generator(ctx: Context) -> Path:
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
             num_class_embeds=store.num_classes if section.class_conditional else None)
         unet.to(device)
-        scheduler: Any = DDPMScheduler(section.num_timesteps)
-        optimizer = torch.optim.AdamW(unet.parameters(), section.lr)
+        scheduler: Any = DDPMScheduler(section.num_timesteps, prediction_type="v_prediction",
+                                       beta_schedule="squaredcos_cap_v2")
+        train = Train(section.epochs, section.batch_size, lr=section.lr, schedule="cosine",
+                      optimizer="adamw", weight_decay=0.01)
+        accelerator, optimizer = ctx.runtime.accelerator, build_optimizer(unet, train, ctx.runtime)
         ema = EMAModel(unet.parameters(), section.ema)
-        steps = math.ceil(len(indices) / section.batch_size)
-        plan, step = Train(section.epochs, lr=section.lr, schedule="cosine"), 0
+        steps = len(epoch_batches(len(indices), section.batch_size, section.seed, 0))
+        step, mean = 0, 0.0
         checkpoints = artefact.path.parent / "checkpoints"
         if (state := load_checkpoint(checkpoints)) and state["fingerprint"] == artefact.fingerprint:
             unet.load_state_dict(state["model"])
@@ -3169,11 +3186,10 @@ def train_generator(ctx: Context) -> Path:
         bar = progress(label="generator", total=section.epochs * steps, initial=step)
         say(f"generator: UNet of {sum(p.numel() for p in unet.parameters()):,} parameters, "
             f"{section.epochs} epochs of {len(indices):,} images of {store.data.size} pixels")
-        mean = 0.0
         for epoch in range(step // steps, section.epochs):
             batches = epoch_batches(len(indices), section.batch_size, section.seed, epoch)
             for batch in batches[step - epoch * steps :]:
-                optimizer.param_groups[0]["lr"] = learning_rate(plan, step, steps)
+                optimizer.param_groups[0]["lr"] = learning_rate(train, step, steps)
                 x = torch.from_numpy(store.raw(indices[batch])).to(device) / 127.5 - 1
                 if store.data.flip:
                     flips = hash_uniform(section.seed, epoch, indices[batch], 99) < 0.5
@@ -3186,14 +3202,17 @@ def train_generator(ctx: Context) -> Path:
                 with ctx.runtime.autocast():
                     out = unet(scheduler.add_noise(x, noise, t), t,
                                labels if section.class_conditional else None).sample
-                loss = F.mse_loss(out.float(), noise.float())
+                loss = F.mse_loss(out.float(), scheduler.get_velocity(x, noise, t))
                 optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
                 optimizer.step()
                 ema.step(unet.parameters())
                 step += 1
                 mean += (loss.item() - mean) / min(step, 100)
+                if not math.isfinite(mean):
+                    raise Problem(f"generator: the loss is {loss.item()} at step {step:,}: lower "
+                                  "diffusion.lr.")
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 bar.update()
             if time.monotonic() - saved > 60:
@@ -3371,19 +3390,14 @@ def draw_sheet(folder: Path, records: Sequence[Mapping[str, Any]], generator: Ge
 def run_stages(ctx: Context, students: Mapping[str, Distill], sets: Mapping[str, Augment]) -> None:
     """Distil students and make sets of images, in the order in which they need each other."""
     known = replace(ctx, known={**ctx.known, **students}, known_sets={**ctx.known_sets, **sets})
-    while students or sets:
-        names = {*students, *sets}
-        ready = {k: s for k, s in students.items()
-                 if not names & {s.augmented, s.start, s.helper}}
-        made = {k: a for k, a in sets.items() if not names & {a.student, a.like}}
-        if not ready and not made:
-            raise Problem(f"{', '.join(sorted(names))} wait for each other: see start, helper and "
-                          "augmented of the students, student and like of the sets.")
-        recipe = replace(ctx.recipe, students=ready, augments=made)
+    order = dependencies(students, sets)
+    order.prepare()
+    while ready := order.get_ready():
+        recipe = replace(ctx.recipe, students={k: s for k, s in students.items() if k in ready},
+                         augments={k: a for k, a in sets.items() if k in ready})
         run_distill(replace(known, recipe=recipe))
         run_augment(replace(known, recipe=recipe))
-        students = {k: s for k, s in students.items() if k not in ready}
-        sets = {k: a for k, a in sets.items() if k not in made}
+        order.done(*ready)
 
 class Found(NamedTuple):
     """A model to be scored: the row of the report it belongs to, its own name, its file."""

@@ -391,8 +391,10 @@ recipe = grokd.replace(
     ({"augmented": "confg"}, r"augmented = 'confg' names nothing; did you mean config"),
     ({"start": "kdd"}, r"start = 'kdd' names nothing; did you mean kd"),
     ({"rebalance": "tab", "helper": "none"}, r"helper = 'none' names nothing"),
+    ({"start": "kd"}, r"kd wait for each other"),
+    ({"augmented": "config"}, r"config, kd wait for each other"),
 ])
-def test_unknown_references_are_refused_before_any_work(change: Any, told: str) -> None:
+def test_unknown_references_and_circles_are_refused_before_any_work(change: Any, told: str) -> None:
     recipe = grokd.load_recipe("digits_augment")
     students = {"kd": replace(recipe.students["kd"], **change)}
     with pytest.raises(Problem, match=told):
