@@ -3167,8 +3167,9 @@ def train_generator(ctx: Context) -> Path:
             up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (len(widths) - 1),
             num_class_embeds=store.num_classes if section.class_conditional else None)
         unet.to(device)
-        scheduler: Any = DDPMScheduler(section.num_timesteps, prediction_type="v_prediction",
-                                       beta_schedule="squaredcos_cap_v2")
+        scheduler: Any = DDPMScheduler(  # trailing: few steps must start from noise alone
+            section.num_timesteps, prediction_type="v_prediction",
+            beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
         train = Train(section.epochs, section.batch_size, lr=section.lr, schedule="cosine",
                       optimizer="adamw", weight_decay=0.01)
         accelerator, optimizer = ctx.runtime.accelerator, build_optimizer(unet, train, ctx.runtime)
