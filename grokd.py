@@ -346,7 +346,7 @@ class Augment:
     generator: str = ""
     scheduler: str = "DDIMScheduler"  # By diffusers' name; empty: the pipeline's own.
     steps: Annotated[int, Range(1, 50)] = 6  # Denoising steps after the latent.
-    # Noise put on the source image, 1: start from noise alone.
+    # Noise put on the source image; 1: start from noise alone. Little keeps layout and colours.
     strength: Annotated[float, Range(0.01, 1)] = 0.67
     prompt: str = "a photo of a {}"  # Stable Diffusion: text for a class.
     guidance_scale: NotNegative = 1.0  # Stable Diffusion: classifier-free guidance; 1: none.

@@ -9,7 +9,7 @@ these. At most a quarter of an hour for one seed on two cores.
 
 Students learn from labels and teachers in equal parts, at temperature 1. From softened teachers
 alone (`kd-soft`) a student of these data comes so close to its teachers that little is left to
-mend.
+mend; `kd-soft-config` shows what is.
 """
 
 from dataclasses import replace
@@ -37,6 +37,7 @@ recipe = replace(
         "kd-cutmix": replace(kd, train=replace(kd.train, mix="cutmix")),
         "kd-unguided": replace(kd, augmented="unguided"),
         "kd-config": replace(kd, augmented="config"),
+        "kd-soft-config": replace(student, weighting="average", augmented="config"),
         "kd-tab": replace(kd, rebalance="tab"),
         "helper": replace(helper, augmented="config"),
         "kd-config-tab": replace(kd, augmented="config", rebalance="tab", helper="helper"),

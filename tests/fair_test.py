@@ -7,7 +7,7 @@ Every seed has teachers, a biased model, a starting student and images of its ow
 generator of the first command, with the first seed. A classifier that never guided anything,
 trained on digits under both colours alike, confirms labels; the attribute is read from the
 background's pixels: flipped from the source's, and against the label. Differences in WGA are paired
-by seed, with 95 % intervals (Student's t). Some six minutes a seed on one core; runs/fair/ keeps
+by seed, with 95 % intervals (Student's t). Some nine minutes a seed on one core; runs/fair/ keeps
 what was made. Not collected by pytest.
 """
 
@@ -33,7 +33,7 @@ import grokd  # noqa: E402
 
 PAIRS = [("kd-config", "kd"), ("kd-config", "kd-unguided"), ("kd-config", "kd-cutmix"),
          ("kd-unguided", "kd"), ("kd-tab", "kd"), ("kd-config-tab", "kd"),
-         ("kd-config-tab", "kd-tab")]
+         ("kd-config-tab", "kd-tab"), ("kd-soft-config", "kd-soft")]
 
 
 def referee(module: Any) -> grokd.Classifier:

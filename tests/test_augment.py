@@ -406,7 +406,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
-    tmp_path: Path, grokd_process: Run
+    tmp_path: Path, grokd_process: Run, store: Store, runtime: Runtime
 ) -> None:
     folder = write_images(tmp_path)
     (folder / "tiny.py").write_text((folder / "tiny.py").read_text() + SETS)
@@ -427,6 +427,9 @@ def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
     assert all(name in report for name in ("kd-config", "kd-plain", "both", "tab"))
     plain = folder / "runs/tiny/augmented/plain/seed0"
     assert pictures(plain).keys() == {row["image"] for row in rows}
+    alone = Augment(strength=1.0, steps=3)  # from noise alone: from the last noise level
+    generator = make(str(folder / "runs/tiny/generator/pipeline"), alone, store, runtime)
+    assert int(generator.scheduler.timesteps[0]) == len(generator.noising.timesteps) - 1
 
     before = pictures(made)
     grokd_process("augment", "tiny.py", "--set", "config", cwd=folder)
