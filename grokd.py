@@ -3839,6 +3839,11 @@ def command_line(argv: Sequence[str]) -> None:
     name, args = (argv[1], argv[2:]) if named else ("digits", argv[1:])
     loaded = load_recipe(name)
     recipe, common, models = apply_flags(command, loaded, name, args)
+    for key, images in recipe.augments.items() if command in ("augment", "run") else ():
+        where = images.generator
+        if where.count("/") > 1 and not Path(where).is_dir():  # a hub id has one at most
+            raise Problem(f"augments[{key!r}].generator: there is no folder {where}: name one with "
+                          "a diffusers pipeline, or first run the recipe that makes it.")
     began = time.monotonic()
     runtime = Runtime.start(common.precision)
     store = open_store(recipe.data, recipe.root)

@@ -401,6 +401,15 @@ def test_unknown_references_and_circles_are_refused_before_any_work(change: Any,
         grokd.check_recipe(replace(recipe, students=students, augments=recipe.augments), "mine")
 
 
+def test_a_missing_generator_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Problem, match="no folder runs/digits_augment/generator/pipeline: name one"):
+        grokd.command_line(["run", "digits_augment_absent"])
+    assert not list(tmp_path.iterdir())
+
+
 def pictures(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*[0-9].png")}
 
