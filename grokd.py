@@ -3840,8 +3840,9 @@ def command_line(argv: Sequence[str]) -> None:
     loaded = load_recipe(name)
     recipe, common, models = apply_flags(command, loaded, name, args)
     for key, images in recipe.augments.items() if command in ("augment", "run") else ():
-        where = images.generator
-        if where.count("/") > 1 and not Path(where).is_dir():  # a hub id has one at most
+        where, sets = images.generator, Path(common.out, "augmented", key)
+        made = all((sets / f"seed{seed}" / "done.json").is_file() for seed in recipe.seeds)
+        if where.count("/") > 1 and not (made or Path(where).is_dir()):  # a hub id has one at most
             raise Problem(f"augments[{key!r}].generator: there is no folder {where}: name one with "
                           "a diffusers pipeline, or first run the recipe that makes it.")
     began = time.monotonic()

@@ -19,7 +19,8 @@ from digits import student
 
 from grokd import Augment, Diffusion, Eval
 
-kd = replace(student, weighting="average", alpha=0.5, tau=1.0)
+soft = replace(student, weighting="average")
+kd = replace(soft, alpha=0.5, tau=1.0)
 helper = replace(student, weighting="one-hot")
 # Starting from noise alone lets the background change; a partly noised image keeps its colour.
 config = Augment(student="kd", strength=1.0, step_size=0.05, noise=0.1, realism=0.97, share=0.6)
@@ -33,11 +34,11 @@ recipe = replace(
     },
     students={
         "kd": kd,
-        "kd-soft": replace(student, weighting="average"),
+        "kd-soft": soft,
         "kd-cutmix": replace(kd, train=replace(kd.train, mix="cutmix")),
         "kd-unguided": replace(kd, augmented="unguided"),
         "kd-config": replace(kd, augmented="config"),
-        "kd-soft-config": replace(student, weighting="average", augmented="config"),
+        "kd-soft-config": replace(soft, augmented="config"),
         "kd-tab": replace(kd, rebalance="tab"),
         "helper": replace(helper, augmented="config"),
         "kd-config-tab": replace(kd, augmented="config", rebalance="tab", helper="helper"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,6 +409,13 @@ def test_a_missing_generator_is_told_before_any_work(
     with pytest.raises(Problem, match="no folder runs/digits_augment/generator/pipeline: name one"):
         grokd.command_line(["run", "digits_augment_absent"])
     assert not list(tmp_path.iterdir())
+    for name in ("config", "unguided"):  # finished sets need it no more
+        done = tmp_path / f"runs/digits_augment_absent/augmented/{name}/seed0/done.json"
+        done.parent.mkdir(parents=True)
+        done.write_text("{}")
+    monkeypatch.setattr(grokd.Runtime, "start", lambda precision: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        grokd.command_line(["run", "digits_augment_absent", "--seeds", "0"])
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -454,6 +462,15 @@ def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
         path.unlink()
     processes(TWO, "augment", "tiny.py", "--set", "config", cwd=folder)
     assert pictures(made).keys() == before.keys()
+
+    for path in (made, folder / "runs/tiny/generator"):
+        shutil.rmtree(path)
+    with open(folder / "tiny.py", "a") as recipe:
+        recipe.write("wild = grokd.replace(recipe.diffusion, lr=1e30)\n"
+                     "recipe = grokd.replace(recipe, diffusion=wild)\n")
+    wild = grokd_process("augment", "tiny.py", "--set", "config", cwd=folder, check=False)
+    assert wild.returncode == 1 and "lower diffusion.lr" in wild.stderr
+    assert not (folder / "runs/tiny/generator/done.json").exists()
 
 
 def test_killed_augmentation_goes_on_with_the_images_it_had(
