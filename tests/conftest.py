@@ -2,6 +2,10 @@
 
 import csv
 import os
+
+# Two workers on two cores: before torch is imported, and for all processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import subprocess
 import sys
 from collections.abc import Callable, Generator

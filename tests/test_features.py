@@ -17,7 +17,7 @@ from test_processes import TWO, processes
 from torch import Tensor, nn
 
 import grokd
-from grokd import Batch, Classifier, Data, Distill, FeatureLoss, Input, Problem
+from grokd import Batch, Classifier, Compared, Data, Distill, FeatureLoss, Input, Problem
 
 
 def runtime(total: int = 1) -> Any:
@@ -41,18 +41,18 @@ def build(settings: Distill, student: str, teachers: list[str], biased: str = ""
         store=SimpleNamespace(data=Data(crop=side)), pooled=lambda positions: pooled,
     )
     active = [n for n, g in zip(settings.layers, settings.gamma, strict=True) if g]
-    maps = any(n.rpartition("=")[2] != "pooled" for n in active)
-    networks = dict(zip(keys, models, strict=True)) if maps else {}
-    loss = FeatureLoss(settings, targets, networks, pretrained, seed=0)
-    loss.attach(model)
+    online = any(n.rpartition("=")[2] != "pooled" for n in active)
+    networks = dict(zip(keys, models, strict=True)) if online else {}
+    frozen = grokd.frozen_features(settings, targets, networks, pretrained)
+    loss = FeatureLoss(settings, frozen, seed=0)
+    tap = grokd.Tap(model, [layer.student for layer in loss.layers], side)
+    loss.attach(model, tap.maps, tap.widths)
     model.to(images.dtype)
     logits = model(images)
-    state = Batch(model, images, logits, torch.zeros(batch, dtype=torch.long), np.arange(batch),
-                  batch, 0, runtime())
-    loss(state)
-    found = {name: [loss.tap.maps[own]] + (pooled if other == "pooled" else
-                                           [loss.taps[k].maps[other] for k in keys])
-             for name, own, other, _ in loss.layers}
+    labels = torch.zeros(batch, dtype=torch.long)
+    state = Batch(settings, model, images, labels, np.arange(batch), batch, 0, 0, runtime(), logits)
+    maps: Any = frozen.maps(state)
+    found = {layer.name: [tap.maps[layer.student], *maps[layer.teacher]] for layer in loss.layers}
     return loss, state, found
 
 
@@ -72,7 +72,7 @@ def test_squared_distance_by_hand() -> None:
     batch.model.adapters = nn.ModuleList([nn.ModuleList([adapter])])
     student = torch.ones(1, 2, 1, 1).double()
     teachers = [torch.tensor(f).double().view(1, 2, 1, 1) for f in ([1.0, 0.0], [3.0, 2.0])]
-    value, _ = loss._distance(batch, 0, student, teachers, None)
+    value, _ = loss._loss(batch, 0, Compared(student, teachers, None))
     # A f_s = (3, 1), mean of the teachers (2, 1): ((3 - 2)^2 + 0) / 2
     torch.testing.assert_close(value, torch.tensor([0.5]).double())
 
@@ -86,7 +86,7 @@ def test_attention_transfer_by_hand() -> None:
     settings = replace(MSE, feature_loss="attention")
     loss, batch, _ = build(settings, "cnn2", ["cnn2"])
     teacher = torch.tensor([[1.0, 0.0]]).double().view(1, 1, 1, 2)
-    value, _ = loss._distance(batch, 0, student, [teacher], None)
+    value, _ = loss._loss(batch, 0, Compared(student, [teacher], None))
     expected = ((4.5 / norm - 1) ** 2 + (8 / norm) ** 2) / 2
     torch.testing.assert_close(value, torch.tensor([expected]).double())
     assert not adapters(batch)
@@ -197,7 +197,7 @@ def test_adapter_of_the_biased_model_learns_and_does_not_pull_the_student() -> N
     loss, batch, _ = build(settings, "cnn2", ["cnn2", "cnn2"], "resnet8", pretrained=False)
     value, _ = loss(batch)
     own = batch.model.adapters[0][2].weight  # type: ignore[union-attr, index]
-    body = next(batch.model.trunk.parameters())
+    body = next(batch.model.trunk.parameters())  # type: ignore[union-attr]
     grad_own, grad_body = torch.autograd.grad(value.sum(), [own, body], retain_graph=True)
     assert grad_own.abs().max() > 0
     without = loss(batch)[1]["feature layer2"]
@@ -208,9 +208,9 @@ def test_adapter_of_the_biased_model_learns_and_does_not_pull_the_student() -> N
 def test_a_teachers_own_parent_as_biased_model_weighs_nothing() -> None:
     settings = Distill(gamma=(1.0,), layers=("layer2",), feature_weights="agre")
     loss, batch, maps = build(settings, "cnn2", ["cnn2", "cnn2"], "cnn2")
-    loss.targets.trunk_keys[2] = loss.targets.trunk_keys[0]
+    loss.frozen = replace(loss.frozen, twins=[True, False])
     student, first, second, _ = maps["layer2"]
-    value, _ = loss._distance(batch, 0, student, [first, second], first)
+    value, _ = loss._loss(batch, 0, Compared(student, [first, second], first))
     expected = (F.conv2d(student, adapters(batch)[0]) - second).square().mean((1, 2, 3))
     torch.testing.assert_close(value, expected)
 
@@ -249,7 +249,7 @@ def test_layer_without_weight_costs_nothing() -> None:
     assert len(batch.model.adapters) == 1  # type: ignore[arg-type]
     hooked = [n for n, m in batch.model.named_modules() if m._forward_hooks]
     assert hooked == ["trunk.layer2"]
-    assert "layers" not in grokd.relevant(replace(settings, gamma=(0.0, 0.0)))
+    assert "layers" not in grokd.settings_of(replace(settings, gamma=(0.0, 0.0)))
 
 
 @pytest.mark.parametrize("arch, side, widths", [

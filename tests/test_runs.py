@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,9 @@ def test_run_makes_every_stage_and_row(finished: Path) -> None:
     report = (finished / "runs" / "tiny" / "report.md").read_text()
     assert "| class 1, attribute 1 |    4 |     4 |" in report
     printed = (finished / "printed.txt").read_text()
-    assert report in printed
+    summary, _, rest = report.partition("\n## Groups")
+    assert summary in printed
+    assert "| students/agre/seed1/model" in rest and "| students/agre" not in printed
     assert "| 1 resnet8 DFR |" in printed
     assert "Took " in printed and "GiB of memory" in printed
 
@@ -359,7 +362,7 @@ def interrupt(folder: Path, artefact: str, *args: str) -> int:
         [sys.executable, str(ROOT / "grokd.py"), args[0], "tiny.py", *args[1:]], cwd=folder,
         stdout=subprocess.DEVNULL,
     )
-    checkpoints = folder / "runs" / "tiny" / artefact / "checkpoints"
+    checkpoints = folder / "runs" / "tiny" / f"{artefact}.partial"
     for _ in range(60_000):
         steps = [int(p.name) for p in checkpoints.glob("*") if p.name.isdecimal()]
         if steps and max(steps) > 8 and max(steps) % 8:  # 16 images make 8 steps an epoch
@@ -374,13 +377,13 @@ def interrupt(folder: Path, artefact: str, *args: str) -> int:
 SLOW = "Train(epochs=3, batch_size=2, lr=0.01, checkpoint_minutes=1e-9, select='best')"
 
 
-@pytest.mark.parametrize("stage, artefact, file, flags", [
-    ("teachers", "teachers/1", "teachers/1/erm", []),
-    ("bias-model", "bias-model", "bias-model/model", ["--kind", "gce", "--arch", "resnet8"]),
-    ("distill", "students/agre/seed0", "students/agre/seed0/model", ["--student", "agre"]),
+@pytest.mark.parametrize("stage, file, flags", [
+    ("teachers", "teachers/1/erm", []),
+    ("bias-model", "bias-model/model", ["--kind", "gce", "--arch", "resnet8"]),
+    ("distill", "students/agre/seed0/model", ["--student", "agre"]),
 ])
 def test_killed_command_goes_on_and_ends_with_the_same_bits(
-    tmp_path: Path, command: Grokd, stage: str, artefact: str, file: str, flags: list[str]
+    tmp_path: Path, command: Grokd, stage: str, file: str, flags: list[str]
 ) -> None:
     folder = write_images(tmp_path / "whole")
     edit_recipe(folder, 'Model(arch="cnn2", weights="random", train=train)',
@@ -396,7 +399,7 @@ def test_killed_command_goes_on_and_ends_with_the_same_bits(
         edit_recipe(folder, "train = Train(epochs=2, batch_size=8, lr=0.01)", f"train = {SLOW}")
     killed = shutil.copytree(folder, tmp_path / "killed")
     command(folder, stage, *flags)
-    step = interrupt(killed, artefact, stage, *flags)
+    step = interrupt(killed, file, stage, *flags)
     assert step % 8
     printed = command(killed, stage, *flags)
     assert f"goes on at step {step} of 24" in printed
@@ -406,14 +409,15 @@ def test_killed_command_goes_on_and_ends_with_the_same_bits(
     histories = [(f / "runs" / "tiny" / f"{file}.history.json").read_text()
                  for f in (folder, killed)]
     assert histories[0] == histories[1]
-    assert not (killed / "runs" / "tiny" / artefact / "checkpoints").exists()
+    assert not list((killed / "runs").rglob("*.partial"))
 
 
 def test_checkpoint_of_other_settings_is_refused(images: Path, command: Grokd) -> None:
     edit_recipe(images, "train = Train(epochs=2, batch_size=8, lr=0.01)", f"train = {SLOW}")
-    interrupt(images, "teachers/0", "teachers")
+    interrupt(images, "teachers/0/erm", "teachers")
     edit_recipe(images, "lr=0.01", "lr=0.02")
-    with pytest.raises(Problem, match=r"checkpoints was made with .*: lr 0.01 → 0.02.*--redo"):
+    told = r"erm.partial/begun.json was made with .*: lr 0.01 → 0.02.*--redo"
+    with pytest.raises(Problem, match=told):
         command(images, "teachers")
     assert "goes on" not in command(images, "teachers", "--redo")
 
@@ -437,11 +441,11 @@ def test_kill_between_two_heads_of_a_network_does_not_train_it_again(
     monkeypatch.setattr(grokd, "save_model", save_model)
     assert "students/one-hot/seed0/model: goes on at step 4 of 4" in command(copy, "distill")
     assert same(before, weights(copy, "students/one-hot-dfr/seed0/model"))
-    assert not list((copy / "runs").rglob("checkpoints"))
+    assert not list((copy / "runs").rglob("*.partial"))
 
 
 def test_resume_without_a_checkpoint_is_refused(images: Path, command: Grokd) -> None:
-    with pytest.raises(Problem, match=r"--resume: .*checkpoints holds no checkpoint"):
+    with pytest.raises(Problem, match=r"--resume: nothing of it was begun in runs/tiny"):
         command(images, "teachers", "--resume")
 
 
@@ -480,3 +484,215 @@ def test_loss_that_is_not_finite_stops_the_run(images: Path, command: Grokd) -> 
     edit_recipe(images, "lr=0.01", "lr=1e30")
     with pytest.raises(Problem, match=r"teachers/0/erm: the loss is (nan|inf) by step \d"):
         command(images, "teachers")
+
+
+# Defects of the time before artefacts had parents and fields markers
+
+
+def test_student_named_with_an_equals_sign_is_the_only_one_trained(
+    copy: Path, command: Grokd
+) -> None:
+    command(copy, "distill", "--student=agre", "--tau=2", "--seeds", "0")
+    made = {path.name for path in (copy / "runs" / "tiny" / "students").iterdir()}
+    assert made == {"one-hot", "one-hot-dfr", "agre", "agre+tau=2.0"}
+
+
+def test_last_of_several_choices_counts_as_the_parser_has_it(copy: Path, command: Grokd) -> None:
+    printed = command(copy, "distill", "--student", "one-hot", "--tau", "2", "--student", "agre",
+                      "--seeds", "0")
+    assert "students/agre+tau=2.0/seed0" in printed and "warning" not in printed
+
+
+def test_names_hold_only_what_the_user_set(copy: Path, command: Grokd) -> None:
+    command(copy, "distill", "--student", "agre", "--seeds", "0", "--head", "dfr", "--gamma", "0.5")
+    assert (copy / "runs/tiny/students/agre+gamma=0.5+head=dfr/seed0/model.safetensors").is_file()
+
+
+def test_long_names_are_cut_and_stay_apart(images: Path) -> None:
+    given = grokd.load_recipe(str(images / "tiny.py"))
+    flags = ["--student", "agre", "--head", "dfr", "--dfr.penalties", *map(str, range(1, 60))]
+    names = [next(iter(grokd.apply_flags("distill", given, "tiny", [*flags, last])[0].students))
+             for last in ("70", "80")]
+    assert names[0] != names[1]
+    assert all(len(name) == grokd.LONGEST_NAME and name.startswith("agre+") for name in names)
+
+
+def test_flag_without_effect_is_warned_about(copy: Path, command: Grokd) -> None:
+    printed = command(copy, "distill", "--student", "one-hot", "--tau", "2", "--seeds", "0")
+    told = "warning: tau has no effect on one-hot: it belongs to weighting other than one-hot."
+    assert told in printed
+    assert " epochs of " not in printed
+    printed = command(copy, "bias-model", "--q", "0.5")
+    assert "warning: q has no effect on bias_model: it belongs to kind gce." in printed
+
+
+def test_flagged_student_is_stale_once_what_it_was_made_from_is(
+    copy: Path, command: Grokd
+) -> None:
+    """One that goes on from another, and one whose training a helper rebalanced."""
+    edit_recipe(copy, "recipe = Recipe(", "average = Distill('average', arch='cnn2', "
+                "weights='random', train=train, dfr=dfr)\nrecipe = Recipe(")
+    edit_recipe(copy, "students={", "students={'next': replace(average, start='agre'), "
+                "'tab': replace(average, rebalance='tab', helper='one-hot'),")
+    edit_recipe(copy, "from grokd", "from dataclasses import replace\nfrom grokd")
+    command(copy, "distill", "--student", "next", "tab", "--tau", "2", "--seeds", "0")
+    assert {"next+tau=2.0", "tab+tau=2.0"} <= results_after(copy, command).keys()
+    edit_recipe(copy, '"one-hot": Distill("one-hot", arch="cnn2", weights="random", train=train, '
+                "dfr=dfr)", '"one-hot": replace(average, weighting="one-hot", '
+                "train=replace(train, epochs=1))")
+    edit_recipe(copy, '"agre": student', '"agre": average')
+    command(copy, "distill", "--student", "one-hot", "agre", "--redo")
+    left = results_after(copy, command)
+    assert not {"next+tau=2.0", "tab+tau=2.0"} & left.keys()
+    report = (copy / "runs/tiny/report.md").read_text()
+    assert "next+tau=2.0/seed0/model.safetensors was made with other settings" in report
+    assert "parent students/one-hot/seed0/model" in report  # of the helper
+
+
+def results_after(folder: Path, command: Grokd) -> dict[str, list[dict[str, object]]]:
+    """Rows of a new eval."""
+    command(folder, "eval")
+    return results(folder)
+
+
+def test_resume_goes_on_with_an_ensemble_killed_at_its_second_teacher(
+    images: Path, command: Grokd
+) -> None:
+    edit_recipe(images, "train = Train(epochs=2, batch_size=8, lr=0.01)", f"train = {SLOW}")
+    edit_recipe(images, 'Teachers(2, ("cnn2", "resnet8")', 'Teachers(3, ("cnn2", "resnet8")')
+    interrupt(images, "teachers/1/erm", "teachers")
+    printed = command(images, "teachers", "--resume")
+    assert "teachers/1/erm: goes on at step" in printed
+    assert (images / "runs/tiny/teachers/2/dfr.safetensors").is_file()
+
+
+def test_redo_makes_everything_again_once(copy: Path, command: Grokd) -> None:
+    printed = command(copy, "run", "--redo")
+    assert printed.count("teachers/0/erm: cnn2") == 1
+    assert printed.count(" epochs of ") == 2 + 4  # teachers; two students of two seeds
+
+
+def test_checkpoint_does_not_carry_the_losses_of_earlier_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Grokd
+) -> None:
+    """They are appended to a file, which a kill between the two does not spoil."""
+    folder = write_images(tmp_path / "images")
+    edit_recipe(folder, "train = Train(epochs=2, batch_size=8, lr=0.01)",
+                "train = Train(epochs=6, batch_size=8, lr=0.01, checkpoint_minutes=1e-9)")
+    killed = shutil.copytree(folder, tmp_path / "killed")
+    command(folder, "teachers")
+    sizes: list[int] = []
+    save_checkpoint = grokd.save_checkpoint
+
+    def watched(work: Path, step: int, state: dict[str, object]) -> None:
+        if step == 8 and "resnet8" not in str(work) and work.name == "erm.partial":
+            raise KeyboardInterrupt  # four epochs' losses stand, the checkpoint knows three
+        save_checkpoint(work, step, state)
+        sizes.append((work / f"{step:09d}" / "state.pt").stat().st_size)
+        progress = state["progress"]
+        assert isinstance(progress, dict)
+        tensors = [v for v in progress.values() if isinstance(v, torch.Tensor)]
+        assert [list(v.shape) for v in tensors] == [[16]]
+
+    monkeypatch.setattr(grokd, "save_checkpoint", watched)
+    with pytest.raises(KeyboardInterrupt):
+        command(killed, "teachers")
+    work = killed / "runs/tiny/teachers/0/erm.partial"
+    assert (work / grokd.LOSSES).stat().st_size == 4 * 16 * 4
+    monkeypatch.setattr(grokd, "save_checkpoint", save_checkpoint)
+    assert "goes on at step 7 of 12" in command(killed, "teachers")
+    assert len(sizes) == 7
+    losses = [weights(f, "teachers/0/erm.losses")["losses"] for f in (folder, killed)]
+    assert losses[0].shape == (6, 16)
+    assert torch.equal(*losses)
+
+
+def test_loss_scaler_is_saved_and_starts_anew_with_each_model(
+    images: Path, monkeypatch: pytest.MonkeyPatch, command: Grokd
+) -> None:
+    """float16's, here on the CPU: torch has one there, accelerate only starts it on GPUs."""
+    start = grokd.Runtime.start
+
+    def with_scaler(precision: str) -> grokd.Runtime:
+        runtime = start(precision)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+        runtime.accelerator.scaler = scaler
+        return replace(runtime, new_scaler=scaler.state_dict())
+
+    monkeypatch.setattr(grokd.Runtime, "start", staticmethod(with_scaler))
+    edit_recipe(images, "train = Train(epochs=2, batch_size=8, lr=0.01)",
+                "train = Train(epochs=2, batch_size=2, lr=0.01, checkpoint_minutes=1e-9)")
+    states: list[dict[str, float]] = []
+    save_checkpoint = grokd.save_checkpoint
+
+    def watched(work: Path, step: int, state: dict[str, object]) -> None:
+        scaler = state["scaler"]
+        assert isinstance(scaler, dict)
+        states.append({"step": step, **scaler})
+        if len(states) == 5 and not resumed:
+            raise KeyboardInterrupt
+        save_checkpoint(work, step, state)
+
+    monkeypatch.setattr(grokd, "save_checkpoint", watched)
+    resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        command(images, "teachers")
+    resumed, first = True, states.copy()
+    states.clear()
+    command(images, "teachers")
+    for state in [*first, *states]:  # 1024, doubled after every third step of a model's own
+        assert state["scale"] == 1024 * 2 ** (state["step"] // 3)
+        assert state["_growth_tracker"] == state["step"] % 3
+    assert {state["step"] for state in states} == {*range(1, 17)}
+
+
+MINE = '''
+import torch
+import grokd
+
+def most_sure(student, ensemble, batch):
+    """The surest teacher alone."""
+    sure = ensemble.teachers.softmax(-1).amax(-1)
+    assert ensemble.biased is not None and ensemble.biased.shape == student.shape
+    return (sure == sure.amax(0)).double()
+
+recipe = grokd.replace(recipe, seeds=(0,), students={
+    "mine": grokd.replace(student, weighting=most_sure)})
+'''
+
+
+def test_recipe_may_bring_a_weighting_of_its_own(copy: Path, command: Grokd) -> None:
+    recipe = (copy / "tiny.py").read_text() + MINE
+    (copy / "tiny.py").write_text(recipe)
+    command(copy, "distill")
+    path = copy / "runs/tiny/students/mine/seed0/model.safetensors"
+    assert "most_sure " in grokd.read_metadata(path)["settings"]
+    history = json.loads(path.with_name("model.history.json").read_text())
+    assert sum(history["epochs"][0]["weight"]) == pytest.approx(1)
+    command(copy, "distill", "--tau", "2")
+    assert (copy / "runs/tiny/students/mine+tau=2.0/seed0/model.safetensors").is_file()
+    (copy / "tiny.py").write_text(recipe.replace("sure.amax(0)", "sure.amin(0)"))
+    with pytest.raises(Problem, match=r"mine/seed0/model.* weighting most_sure \w+ → most_sure"):
+        command(copy, "distill")
+
+
+def test_frozen_networks_are_those_of_the_plain_data_whatever_a_student_sees(
+    copy: Path, command: Grokd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is loaded once, and a set of images changes nobody's identity but the student's."""
+    edit_recipe(copy, '"agre": student', '"agre": student, "groups": Distill(arch="cnn2", weights='
+                '"random", train=train, dfr=dfr, rebalance="groups")')
+    edit_recipe(copy, 'BiasModel(arch="cnn2", weights="random", train=train)',
+                'BiasModel("gce", arch="cnn2", weights="random", train=train)')
+    command(copy, "bias-model", "--redo")
+    loaded: list[str] = []
+    load_model = grokd.load_model
+
+    def counted(path: Path, *more: object) -> grokd.Classifier:
+        loaded.append(str(path.relative_to("runs/tiny")))
+        return load_model(path, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(grokd, "load_model", counted)
+    command(copy, "distill", "--student", "agre", "groups", "--redo")
+    assert sorted(loaded) == ["bias-model/model.safetensors", "teachers/0/dfr.safetensors",
+                              "teachers/1/dfr.safetensors"]

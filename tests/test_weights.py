@@ -131,7 +131,7 @@ def test_batch_space_equals_literal_batch_gradients(normalise: bool) -> None:
     parameters = list(model.parameters())
     logits = model.train()(images)
     ours = grokd.batch_weights(
-        logits, teachers, biased, parameters, TAU, normalise, len(images), lambda g: g
+        logits, teachers, biased, parameters, TAU, normalise, lambda g: g / len(images)
     )
 
     def gradient(targets: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +150,7 @@ def test_batch_space_weights_have_a_floor() -> None:
     model, images, _, biased = example("cnn2", 3)
     logits = model(images)
     twin = grokd.batch_weights(
-        logits, biased[None], biased, list(model.parameters()), TAU, True, len(images), lambda g: g
+        logits, biased[None], biased, list(model.parameters()), TAU, True, lambda g: g / len(images)
     )
     assert twin.tolist() == [0.01]
 
@@ -293,7 +293,7 @@ def test_bfloat16_autocast_keeps_heads_and_losses_in_float32(space: str) -> None
             _, gram = grokd.logit_gram(model, images)
         if space == "batch":
             weights = grokd.batch_weights(
-                logits, teachers, biased, list(model.parameters()), TAU, True, 4, lambda g: g
+                logits, teachers, biased, list(model.parameters()), TAU, True, lambda g: g / 4
             )[:, None].expand(2, 4)
         else:
             weights = grokd.agre_weights(logits, teachers, biased, TAU, True, gram)
@@ -324,7 +324,7 @@ def test_ae_kd_solves_its_quadratic_programme(classes: int, count: int, scale: f
     torch.manual_seed(classes + count)
     student = torch.randn(16, classes).double()
     teachers = student + scale * (torch.randn(count, 1, classes) + torch.randn(count, 16, classes))
-    alpha = grokd.ae_kd_weights(student, teachers, TAU, 16, lambda g: g).numpy()
+    alpha = grokd.ae_kd_weights(student, teachers, TAU, lambda g: g / 16).numpy()
     assert alpha.sum() == pytest.approx(1, abs=1e-6)
     assert alpha.min() >= 0
     assert alpha.max() <= 0.6 + 1e-6
@@ -346,9 +346,9 @@ def test_ae_kd_solves_its_quadratic_programme(classes: int, count: int, scale: f
 
 def test_ae_kd_of_one_teacher_or_without_gradients_is_uniform() -> None:
     student = torch.randn(4, 3)
-    assert grokd.ae_kd_weights(student, student[None] + 1, TAU, 4, lambda g: g).tolist() == [1.0]
+    assert grokd.ae_kd_weights(student, student[None] + 1, TAU, lambda g: g / 4).tolist() == [1.0]
     same = student.expand(5, 4, 3)
-    assert grokd.ae_kd_weights(student, same, TAU, 4, lambda g: g).tolist() == [0.2] * 5
+    assert grokd.ae_kd_weights(student, same, TAU, lambda g: g / 4).tolist() == [0.2] * 5
 
 
 def test_entropy_and_label_weights_equal_slow_formulas() -> None:
