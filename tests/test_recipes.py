@@ -1,19 +1,39 @@
-"""Shipped recipes, and the README's figures."""
+"""Shipped recipes, and the pages with their figures."""
 
+import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
-import readme_tables
 from conftest import ROOT
 
 import grokd
 from grokd import Row
 
 MEASURED = ROOT / "recipes" / "measured"
+
+
+def load_tables() -> ModuleType:
+    """recipes/measured/tables.py, whose folder is on nobody's path."""
+    spec = importlib.util.spec_from_file_location("measured_tables", MEASURED / "tables.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = load_tables()
+PAGES = [*tables.PAGES, ROOT / "recipes" / "README.md"]
+page_of_each = pytest.mark.parametrize(
+    "page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+OUTPUTS = {"report.md"}  # of a run
 
 
 def test_every_recipe_loads_and_is_checked() -> None:
@@ -57,13 +77,132 @@ def test_every_test_digit_stands_under_both_colours(rows: list[Row]) -> None:
         assert blue.image[0, 0, 2] > orange.image[0, 0, 2]
 
 
-def test_readme_tables_are_those_of_the_measurements() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert readme_tables.rendered(text) == text
-    shown = {match[1] for match in readme_tables.BLOCK.finditer(text)}
-    assert shown == {str(path.relative_to(ROOT)) for path in MEASURED.glob("*.json")}
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    titles = HEADING.findall(page.read_text())
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def prose(page: Path) -> str:
+    """A page's text without the tables that are rendered, and without code blocks."""
+    text: str = tables.BLOCK.sub("", page.read_text())
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+@page_of_each
+def test_tables_of_a_page_are_those_of_the_records(page: Path) -> None:
+    text = page.read_text()
+    assert tables.rendered(text, page) == text
+
+
+def test_every_record_and_figure_is_shown_on_some_page() -> None:
+    shown, linked = set(), set()
+    for page in PAGES:
+        text = page.read_text()
+        shown |= {ROOT / match["record"] for match in tables.BLOCK.finditer(text)}
+        linked |= {page.parent / link for link in LINK.findall(text)}
+    assert shown == set(MEASURED.glob("*.json"))
+    assert set(MEASURED.glob("*.png")) <= linked
+    assert set(MEASURED.glob("*.md")) <= linked
+
+
+def test_records_are_of_committed_code() -> None:
     for path in MEASURED.glob("*.json"):
         assert "dirty" not in json.loads(path.read_text())["about"]["commit"]
+
+
+@page_of_each
+def test_links_and_images_of_a_page_exist(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@page_of_each
+def test_files_that_a_page_names_are_in_the_repository(page: Path) -> None:
+    text = prose(page)
+    documents = set(re.findall(r"[\w./-]+\.md\b", text)) - OUTPUTS
+    programs = set(re.findall(r"\b(?:recipes|tests)/[\w/]+\.\w+", text))
+    for name in documents | programs:
+        assert (ROOT / name).exists() or (page.parent / name).exists(), name
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+@page_of_each
+def test_figures_with_a_spread_in_prose_stand_in_some_record(page: Path) -> None:
+    cells = [cell for path in MEASURED.glob("*.json")
+             for row in tables.record_cells(json.loads(path.read_text())) for cell in row]
+    measured = " | ".join(cells)
+    for mean, std in re.findall(r"(\d+\.\d+)\s±\s(\d+\.\d+)", prose(page)):
+        assert f"{mean} ± {std}" in measured
+
+
+def record_block(options: str) -> str:
+    return f"<!-- table recipes/measured/digits.json{options} -->\n<!-- end -->"
+
+
+def test_a_table_may_be_a_part_of_the_records() -> None:
+    options = ' rows="agre=AGRE; teachers, DFR" columns="mean; WGA"'
+    lines = tables.rendered(record_block(options), ROOT / "README.md").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:5]]
+    header, *rows = tables.record_cells(json.loads((MEASURED / "digits.json").read_text()))
+    agre = next(row for row in rows if row[0] == "agre")
+    assert cells[0] == ["", "mean", "WGA"]
+    assert [row[0] for row in cells[2:]] == ["AGRE", "teachers, DFR"]
+    assert cells[2][1:] == [agre[header.index("mean")], agre[header.index("WGA")]]
+    assert lines[0].endswith(f"{options} -->") and lines[-1] == "<!-- end -->"
+
+
+def test_a_rows_own_name_may_hold_an_equals_sign() -> None:
+    names = ["agre+tau=1.0"]
+    assert tables.split_name("agre+tau=1.0", names) == ("agre+tau=1.0", "agre+tau=1.0")
+    assert tables.split_name("agre+tau=1.0=AGRE", names) == ("agre+tau=1.0", "AGRE")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (' rows="nobody"', "has no 'nobody'; it has: teachers, ERM"),
+    (' rows="nobody=AVER"', "has no 'nobody'"),
+    (' columns="WGA; medium"', "has no 'medium'; it has: ; models; WGA"),
+    (' lines="agre"', "knows rows and columns only"),
+])
+def test_what_a_record_does_not_have_is_an_error(options: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        tables.rendered(record_block(options), ROOT / "README.md")
+
+
+def test_a_marker_without_an_end_is_an_error() -> None:
+    text = record_block("").removesuffix("<!-- end -->") + record_block("")
+    with pytest.raises(SystemExit, match="no <!-- end -->"):
+        tables.rendered(text, ROOT / "README.md")
+
+
+def test_a_source_links_to_the_record_from_the_pages_folder() -> None:
+    for page, link in ((ROOT / "README.md", "recipes/measured/digits.json"),
+                       (MEASURED / "digits.md", "digits.json")):
+        assert f"Record: [{link}]({link})." in tables.rendered(record_block(""), page)
+
+
+def test_a_page_says_once_where_programs_stand_that_have_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = dict.fromkeys(("date", "commit", "hardware", "versions"), "")
+    for name, command in (("old", "python tests/bench.py"), ("new", "python grokd.py run")):
+        record = {"about": facts | {"command": command}, "header": ["a", "b"], "rows": [["c", "d"]]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    old, new = (f"<!-- table {name}.json -->\n<!-- end -->\n" for name in ("old", "new"))
+    page = tables.rendered(new + old + old, tmp_path / "page.md")
+    assert page.count("`python tests/bench.py`") == 2 and page.count(tables.MOVED) == 1
+    assert tables.rendered(page, tmp_path / "page.md") == page
+    assert tables.MOVED not in tables.rendered(new, tmp_path / "page.md")
 
 
 def test_measured_teachers_gain_ten_points_by_refitting() -> None:

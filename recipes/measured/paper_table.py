@@ -1,9 +1,10 @@
 """Finished runs of recipes/colored_mnist.py as one table beside the paper's:
 
-    python tests/paper_table.py runs/colored_mnist-98 runs/colored_mnist-95 [--save FILE]
+    python recipes/measured/paper_table.py runs/colored_mnist-98 runs/colored_mnist-95 \
+        [--save FILE]
 
 Conflicting accuracy (mean over all test images in brackets), per cent. The record holds the whole
-results.json of every run. Not collected by pytest.
+results.json of every run.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import grokd  # noqa: E402

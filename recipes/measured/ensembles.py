@@ -1,10 +1,10 @@
 """A recipe with several ensembles of teachers, each with students of its own, in one table:
 
-    python tests/ensembles.py digits_ablation [--ensembles 5] [--save FILE.json]
+    python recipes/measured/ensembles.py digits_ablation [--ensembles 5] [--save FILE.json]
 
 Students of one ensemble share what its teachers happened to learn, so the spread over student seeds
-alone says too little. Here every run has its own teachers, biased model and student seed. Not
-collected by pytest. --save also draws FILE.png.
+alone says too little. Here every run has its own teachers, biased model and student seed. --save
+also draws FILE.png.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import grokd  # noqa: E402

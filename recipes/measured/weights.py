@@ -1,11 +1,11 @@
 """How AGRE weighs a trained student's teachers, on aligned and on conflicting training images:
 
-    python tests/weights.py colored_mnist:98 --root FOLDER --out runs/colored_mnist-98 --save FILE
+    python recipes/measured/weights.py colored_mnist:98 --root FOLDER \
+        --out runs/colored_mnist-98 --save FILE
 
 Reads a finished run. Prints, for each teacher, the mean weight by group, and whether the weights
 favour the teachers that are right: the probability of the label under weighted and under equal
-teachers. --save writes the table as FILE.json and the histograms as FILE.png. Not collected by
-pytest.
+teachers. --save writes the table as FILE.json and the histograms as FILE.png.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import grokd  # noqa: E402

@@ -1,14 +1,15 @@
-"""Do generated images help, and are they what they should be? METHODS' fair test on the digits:
+"""Do generated images help, and are they what they should be? A fair test on the digits:
 
     python grokd.py run digits_augment --seeds 200 --diffusion.seed 200
-    python tests/fair_test.py digits_augment --seeds 200 201 202 203 204 [--save FILE.json]
+    python recipes/measured/fair_test.py digits_augment --seeds 200 201 202 203 204 \
+        [--save FILE.json]
 
 Every seed has teachers, a biased model, a starting student and images of its own; all use the
 generator of the first command, with the first seed. A classifier that never guided anything,
 trained on digits under both colours alike, confirms labels; the attribute is read from the
 background's pixels: flipped from the source's, and against the label. Differences in WGA are paired
 by seed, with 95 % intervals (Student's t). Some nine minutes a seed on one core; runs/fair/ keeps
-what was made. Not collected by pytest.
+what was made.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import grokd  # noqa: E402

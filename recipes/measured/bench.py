@@ -1,10 +1,9 @@
-"""Speed as ratios, both sides in one process: python tests/bench.py [--save FILE]
+"""Speed as ratios, both sides in one process: python recipes/measured/bench.py [--save FILE]
 
 5 ResNet-50 teachers and a biased one, ResNet-18 student, 64 pixels, batch 32, random weights and
 images; medians of several alternating runs. --encoded N instead reads N generated JPEGs through
 the encoded store; --estimate prints the disk space that known data sets take; --augment FOLDER
-counts a finished set's UNet evaluations. Not collected by pytest: times are measured, never
-asserted.
+counts a finished set's UNet evaluations. Times are measured, never asserted.
 """
 
 import argparse
@@ -24,11 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import grokd  # noqa: E402
-from grokd import Batch, Data, Distill, Input, Objective, Progress, Row, Train  # noqa: E402
+from grokd import Artefact, Batch, Data, Distill, Input, Job, Row, Train, Training  # noqa: E402
 
 SIZE, BATCH, TEACHERS, TAU = 64, 32, 5, 4.0
 
@@ -92,19 +91,19 @@ def speed(folder: str, runs: int) -> list[list[str]]:
 
     student = network("resnet18", 9).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(student.parameters(), 1e-3, 0.9)
-    train = Train(batch_size=BATCH)
-    run = Progress(torch.zeros(1, len(indices)), torch.zeros(len(indices)))
+    artefact = Artefact("bench", Path(folder) / "bench.safetensors", "bench", {}, {})
     batches = grokd.epoch_batches(len(indices), BATCH, 0, 0)[:steps]
     places = batches[0]
     raw = torch.from_numpy(store.raw(indices[places]))
     images = store.view(indices[places], runtime.device, 0)
     labels = torch.from_numpy(store.labels[indices[places]])
 
-    def step(objective: Objective, batch: np.ndarray = places, stored: Tensor = raw) -> None:
-        grokd.accumulate(student, student, objective, train, len(batch), [(batch, stored)], run,
-                         store, 0, 0, runtime)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def training(settings: Distill, losses: grokd.Losses) -> Training:
+        train = Train(batch_size=BATCH)
+        return Training(Job(artefact, student, settings, train, store, 0, losses), runtime)
+
+    def step(work: Training, batch: np.ndarray = places, stored: Tensor = raw) -> None:
+        work.step(0, len(batch), [(batch, stored)])
 
     def bare() -> None:
         torch.nn.functional.cross_entropy(student(images), labels).backward()
@@ -112,16 +111,16 @@ def speed(folder: str, runs: int) -> list[list[str]]:
         optimizer.zero_grad(set_to_none=True)
 
     agre, average = Distill(), Distill(weighting="average")
-    ours = grokd.distill_objective(agre, targets, 0)
-    aver = grokd.distill_objective(average, targets, 0)
-    per_teacher = grokd.distill_objective(replace(agre, space="batch"), targets, 0)
+    distilled = grokd.distillation(targets.answer)
+    ours, aver = training(agre, distilled), training(average, distilled)
+    per_teacher = training(replace(agre, space="batch"), distilled)
 
     def online(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             logits = torch.stack([model(batch.images) for model in plain])
-        weights = grokd.agre_weights(batch.logits, logits[:-1], logits[-1], TAU)
+        weights = grokd.agre_weights(batch.output, logits[:-1], logits[-1], TAU)
         shares = grokd.teacher_shares(weights)
-        return grokd.weighted_kd(batch.logits, logits[:-1], shares, TAU), {}
+        return grokd.weighted_kd(batch.output, logits[:-1], shares, TAU), {}
 
     def epoch() -> None:
         def load(batch: np.ndarray) -> Tensor:
@@ -164,7 +163,8 @@ def speed(folder: str, runs: int) -> list[list[str]]:
 
     t_contiguous, t_bare = median_times(bare_contiguous, bare, runs=2 * runs)
     row("bare student step, contiguous", "channels last", t_contiguous / t_bare)
-    t_online, t_agre = median_times(lambda: step(Objective(online)), lambda: step(ours), runs=runs)
+    asked = training(agre, online)
+    t_online, t_agre = median_times(lambda: step(asked), lambda: step(ours), runs=runs)
     row("AGRE step with the teachers online", "warm cache", t_online / t_agre)
     t_read, t_bare = median_times(
         lambda: store.view(indices[places], runtime.device, 1), bare, runs=4 * runs)
