@@ -2939,7 +2939,7 @@ class Artefact:
     command: str  # that makes it
     settings: Mapping[str, Any]
     parents: Mapping[str, Artefact]
-    owns_folder: bool = False  # does everything in its folder belong to it?
+    owns_folder: bool = False  # does it have a folder of its own, `path` being a note in it?
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -2985,8 +2985,15 @@ class Artefact:
         """Delete what stands of it, finished or begun."""
         self.path.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
-        for path in self.path.parent.glob("*") if self.owns_folder else ():
+        for path in self.strays():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def strays(self) -> list[Path]:
+        """What lies in its folder beside the note, if the folder is its own."""
+        if not self.owns_folder:
+            return []
+        vouched = (".lock", self.path.name, self.work.name)
+        return [path for path in self.path.parent.glob("*") if path.name not in vouched]
 
     def begin(self) -> None:
         """Note beside it that it is begun; what was begun with other settings goes."""
@@ -3027,12 +3034,12 @@ def identity_of(setting: Setting) -> Any:
 
 @functools.cache
 def identify(path: str) -> str:
-    """A file or folder by name and content, any other text as it is."""
+    """A file or folder by name and content, wherever it lies; any other text as it is."""
     if not path or not Path(path).exists():
         return path
     files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*"))
-    files = [file for file in files if file.is_file()]
-    return f"{path} {digest([file_digest(file) for file in files])}"
+    contents = [[file.name, file_digest(file)] for file in files if file.is_file()]
+    return f"{Path(path).name} {digest(contents)}"
 
 
 def file_digest(path: Path) -> str:
@@ -3087,6 +3094,7 @@ class Context:
         return self._artefact(f"teachers/{i}/dfr", "teachers", settings_of(section), [erm])
 
     def teachers(self, head: str) -> list[Artefact]:
+        """The whole ensemble."""
         return [self.teacher(i, head) for i in range(self.recipe.teachers.num_teachers)]
 
     def bias(self) -> Artefact:
@@ -3192,11 +3200,15 @@ class Context:
                 raise Problem(
                     f"{standing}. Keep both with --out DIR, or make it again with --redo."
                 )
+            strays = artefact.strays() if standing.state == State.MISSING else []
+            if strays and not redo:
+                raise Problem(
+                    f"{strays[0].parent} holds {strays[0].name} and nothing that says from where: "
+                    "move it away, or delete it with --redo."
+                )
             finished = standing.state == State.FINISHED
-            if standing.state == State.FOREIGN or (finished and redo):
+            if standing.state == State.FOREIGN or strays or (finished and redo):
                 artefact.remove()
-            elif standing.state == State.MISSING and artefact.owns_folder:
-                artefact.remove()  # leftovers that nothing vouches for
             if redo or not finished:
                 places.append(i)
             self.remade.add(artefact.path)
