@@ -365,6 +365,9 @@ class BiasModel:
     # amplifies the bias.
     kind: Literal["teacher", "erm", "early-stopped", "gce"] = "teacher"
     teacher: Annotated[Natural, When(kind="teacher")] = 0  # teacher: which one.
+    # teacher: several, whose mean logits a student departs from (a descendant of AGRE-KD's code).
+    # Empty: that one alone.
+    teachers: Annotated[tuple[Natural, ...], When(kind="teacher")] = ()
     # gce: exponent q of (1 - p_y^q) / q.
     q: Annotated[float, Range(1e-3, 1), When(kind="gce")] = 0.7
     # early-stopped: epochs after which training stops.
@@ -378,7 +381,9 @@ class BiasModel:
     train: Annotated[Train, FLAT, When(kind=Not("teacher"))] = Train()
 
 
-WeightingName = Literal["agre", "average", "random", "ae-kd", "eb-kd", "ca-mkd", "one-hot"]
+WeightingName = Literal[
+    "agre", "departure", "average", "random", "ae-kd", "eb-kd", "ca-mkd", "one-hot"
+]
 # A weighting of a recipe's own, see `Weigh`, can stand in the recipe but not on the command line.
 NAMED_ON_COMMAND_LINE = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
@@ -396,10 +401,11 @@ WITH_FEATURES = When(gamma=any)
 class Distill:
     """One student and how it learns."""
 
-    # Weights of the teachers. agre: by departure from the biased model. average: equal (AVER).
-    # random: one teacher a batch. ae-kd: their gradients' least common norm, once a batch. eb-kd:
-    # by certainty. ca-mkd: by agreement with the label. one-hot: no teachers, labels only. A
-    # recipe may give a function of its own.
+    # Weights of the teachers. agre: sample by sample, by how far a pull departs from the biased
+    # model's. departure: one weight a teacher, by how far its answers to the training images depart
+    # from the biased model's (ours). average: equal (AVER). random: one teacher a batch. ae-kd:
+    # their gradients' least common norm, once a batch. eb-kd: by certainty. ca-mkd: by agreement
+    # with the label. one-hot: no teachers, labels only. A recipe may give a function of its own.
     weighting: Annotated[
         WeightingName | Callable[[Tensor, Ensemble, Batch], Tensor], NAMED_ON_COMMAND_LINE
     ] = "agre"
@@ -426,6 +432,9 @@ class Distill:
     # Weight of feature distillation, for each of `layers`; 0 costs nothing. Try .25 to 1 on pooled,
     # less on layers; around 1000 for attention, .8 for contrastive.
     gamma: Annotated[tuple[NotNegative, ...], TAUGHT, Mark.CURVE] = (0.0,)
+    # agre: a sample's mean weight multiplies the loss of its label too (a descendant of AGRE-KD's
+    # code); matters with alpha below 1.
+    weigh_labels: Annotated[bool, When(weighting="agre")] = False
     # Layers compared: layer1 ... layer4 (last output at stride 4, 8, 16, 32; small networks' own
     # stages), pooled, or paths of modules; STUDENT=TEACHER where the two differ.
     layers: Annotated[tuple[str, ...], WITH_FEATURES] = ("pooled",)
@@ -493,7 +502,12 @@ class Distill:
     def has_biased(self) -> bool:
         """Does it compare its teachers with the biased model? A recipe's own weighting may."""
         by_features = self.has_features and self.feature_weights == "agre"
-        return self.weighting == "agre" or callable(self.weighting) or by_features
+        return self.weighting in ("agre", "departure") or callable(self.weighting) or by_features
+
+    @property
+    def has_departures(self) -> bool:
+        """Does its weighting know the teachers' departures? A recipe's own may."""
+        return self.weighting == "departure" or callable(self.weighting)
 
     @property
     def needs_whole_batches(self) -> bool:
@@ -763,6 +777,7 @@ class Ensemble(NamedTuple):
 
     teachers: Tensor  # logits [M, b, C]
     biased: Tensor | None  # logits [b, C], if the student compares its teachers with it
+    departures: Departures | None = None  # of the teachers, over the whole training set
 
 
 @dataclass(frozen=True)
@@ -951,6 +966,59 @@ def batch_weights(
     return (1 - inner).clamp(min=0.01)
 
 
+class Departures(NamedTuple):
+    """How far each teacher is from the biased model, [M] in float64 (ours)."""
+
+    distance: Tensor  # mean of |p_t - p_b|^2, in 0..2
+    disputed: Tensor  # the same, of images of which the two name different classes; nan if none
+    accuracy: Tensor  # share of images that the teacher gets right
+    weights: Tensor  # of `departure`, shares that sum to 1
+
+
+def measure_departures(blocks: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Departures:
+    """Departure of teachers from the biased model, over blocks of logits and labels (ours).
+
+    A block: teachers [M, b, C], biased [b, C], labels [b]. The weight of a teacher is the mean of
+    |softmax(z_t) - softmax(z_b)|^2 at temperature 1, counted where its argmax is the label, times
+    its skill, the mean recall of the classes above chance, 0..1; so that a teacher who is merely
+    wrong, or unsure of everything, gains nothing. Without any departure all are alike.
+    """
+    distance = counted = disputed = disputes = hits = sizes = torch.zeros(())
+    total = 0
+    for teachers, biased, labels in blocks:
+        p_t = F.softmax(bounded_logits(teachers.double()), -1)
+        p_b = F.softmax(bounded_logits(biased.double()), -1)
+        gap = (p_t - p_b).square().sum(-1)  # [M, b]
+        right = teachers.argmax(-1) == labels
+        differs = teachers.argmax(-1) != biased.argmax(-1)
+        is_class = F.one_hot(labels, teachers.shape[-1]).double()  # [b, C]
+        distance = distance + gap.sum(1)
+        counted = counted + torch.where(right, gap, 0).sum(1)
+        disputed = disputed + torch.where(differs, gap, 0).sum(1)
+        disputes = disputes + differs.sum(1)
+        hits = hits + right.double() @ is_class  # [M, C]
+        sizes = sizes + is_class.sum(0)
+        total += len(labels)
+    present = sizes > 0
+    chance = 1 / present.sum()
+    recall = (hits[:, present] / sizes[present]).mean(1)
+    skill = ((recall - chance) / (1 - chance)).clamp(min=0)
+    weights = counted / total * skill
+    alike = torch.full_like(weights, 1 / len(weights))
+    weights = torch.where(weights.sum() > 0, weights / weights.sum().clamp(min=1e-300), alike)
+    return Departures(distance / total, disputed / disputes, hits.sum(1) / total, weights)
+
+
+def departure(student: Tensor, ensemble: Ensemble, batch: Batch) -> Tensor:
+    """One weight a teacher for the whole training, by its departure from the biased model (ours).
+
+    It needs no group label: teachers that are as biased as the biased model hardly depart from it.
+    """
+    assert ensemble.departures is not None
+    weights = ensemble.departures.weights.to(student.device)
+    return weights[:, None].expand(ensemble.teachers.shape[:2])
+
+
 def average(student: Tensor, ensemble: Ensemble, batch: Batch) -> Tensor:
     """All teachers alike: AVER."""
     shape = ensemble.teachers.shape[:2]
@@ -1028,6 +1096,7 @@ def ca_mkd_weights(teachers: Tensor, labels: Tensor) -> Tensor:
 
 WEIGHTINGS: dict[str, Weigh] = {
     "agre": agre,
+    "departure": departure,
     "average": average,
     "random": random_teacher,
     "ae-kd": ae_kd,
@@ -1076,6 +1145,8 @@ def distillation(answers: Callable[[Batch], Ensemble], features: Losses | None =
         shares = teacher_shares(weights, settings.zero, shrink)
         distilled = weighted_kd(logits, ensemble.teachers, shares, settings.tau, settings.combine)
         labelled = cross_entropy(logits, batch.labels)
+        if settings.weigh_labels and settings.weighting == "agre":
+            labelled = weights.mean(0).to(labelled) * labelled
         figures |= {
             "cross_entropy": labelled,
             "distillation": distilled,
@@ -2749,6 +2820,7 @@ class Targets:
             row = np.dtype((np.float16, models[m].head.in_features))
             self.files.append(CachedFile(m, digest(trunk, identity, "pooled"), row))
         self.current: list[np.ndarray] = []  # rows of each file, for the view at work
+        self.departures: Departures | None = None  # where a weighting wants them, see `measure`
 
     def _open(self, file: CachedFile, view: int) -> tuple[np.ndarray, np.ndarray]:
         """Checksums [blocks] and rows [N, ...] of a file, made if need be."""
@@ -2831,11 +2903,32 @@ class Targets:
     def answer(self, batch: Batch) -> Ensemble:
         """What the networks say of a batch; mixed images, which no cache can hold, are asked about.
 
-        The models are the teachers, then the biased one if the student compares with it."""
+        The models are the teachers, then the biased ones if the student compares with them."""
         mixed = batch.settings.train.mix != "none"
         logits = self.ask(batch.images) if mixed else self.logits(batch.positions)
-        biased = logits[-1] if len(self.models) > self.num_teachers else None
-        return Ensemble(logits[: self.num_teachers], biased)
+        return Ensemble(*self._divide(logits), self.departures)
+
+    def _divide(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the teachers, and the mean of the biased models' if there are any."""
+        teachers, biased = logits[: self.num_teachers], logits[self.num_teachers :]
+        if len(biased) > 1:
+            return teachers, biased.mean(0)
+        return teachers, biased[0] if len(biased) else None
+
+    def measure(self) -> Departures:
+        """The teachers' departures from the biased model, over the first view of the training
+        images: a function of the cache alone."""
+        self.prepare(0)
+        labels = torch.from_numpy(self.store.labels[self.indices])
+
+        def blocks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for start in range(0, len(labels), BLOCK):
+                positions = np.arange(start, min(start + BLOCK, len(labels)))
+                teachers, biased = self._divide(self.logits(positions))
+                assert biased is not None
+                yield teachers, biased, labels[positions].to(teachers.device)
+
+        return measure_departures(blocks())
 
     def logits(self, positions: np.ndarray) -> Tensor:
         """Logits [M, b, C] of places in the training set, on the device."""
@@ -3065,6 +3158,7 @@ class Context:
     students: Mapping[str, Distill]  # all that others may refer to
     sets: Mapping[str, Augment]
     remade: set[Path] = field(default_factory=set)  # with --redo, each once a command
+    loaded: dict[str, Classifier] = field(default_factory=dict)  # frozen networks, by fingerprint
 
     @functools.cached_property
     def data_settings(self) -> dict[str, Any]:
@@ -3106,6 +3200,13 @@ class Context:
         path = self.out / f"{name}.safetensors"
         return Artefact(name, path, "bias-model", settings_of(section), {parent.name: parent})
 
+    def biased(self) -> list[Artefact]:
+        """What students depart from: the biased model, or several, whose mean logits count."""
+        section = self.recipe.bias_model
+        if section.kind == "teacher":
+            return [self.teacher(i, "erm") for i in section.teachers or (section.teacher,)]
+        return [self.bias()]
+
     def ensemble(self, student: Distill) -> list[Artefact]:
         """A student's teachers, those with a DFR head first."""
         if not student.has_teachers:
@@ -3119,7 +3220,7 @@ class Context:
         student = self.students[name]
         parents = self.ensemble(student)
         if student.has_biased:
-            parents.append(self.bias())
+            parents += self.biased()
         if student.augmented:
             parents.append(self.image_set(student.augmented, seed))
         if student.start:
@@ -3175,6 +3276,13 @@ class Context:
         parents = {each: self.described(each) for each in json.loads(metadata.get("parents", "{}"))}
         command = "augment" if note else "distill"
         return Artefact(name, path, command, settings, parents, owns_folder=note)
+
+    def network(self, artefact: Artefact) -> Classifier:
+        """A frozen network of an earlier stage, loaded once a command."""
+        if artefact.fingerprint not in self.loaded:
+            path = self.require(artefact)
+            self.loaded[artefact.fingerprint] = load_model(path, self.runtime.device, self.store)
+        return self.loaded[artefact.fingerprint]
 
     def require(self, artefact: Artefact) -> Path:
         """The path of a finished artefact, or a Problem that names the command that makes it."""
@@ -3765,6 +3873,8 @@ def run_teachers(ctx: Context) -> None:
     part = "selection part" if alone else "on which heads were fitted"
     header = ["teacher", *COLUMNS.values(), *ctx.store.group_names]
     say(f"\nTeachers, validation ({part}), per cent:", table(header, rows), "")
+    if "distill" not in ctx.makes:  # which prints it too
+        print_departures(ctx)
 
 
 def train_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
@@ -3847,19 +3957,14 @@ def run_distill(ctx: Context) -> None:
             if parent.command in ("teachers", "bias-model"):
                 ctx.require(parent)
     runtime, jobs = ctx.runtime.plan([*alike.items()], ctx.common.parallel)
-    loaded: dict[str, Classifier] = {}
+    print_departures(ctx)
     for (_, seed), names in jobs:
-        distill(names, seed, ctx, runtime, loaded)
+        distill(names, seed, ctx, runtime)
     ctx.runtime.accelerator.wait_for_everyone()
 
 
-def distill(
-    names: Sequence[str], seed: int, ctx: Context, runtime: Runtime, loaded: dict[str, Classifier]
-) -> None:
-    """One network and its students, `names`, which differ in the head alone.
-
-    `loaded` are the frozen networks at hand, by fingerprint.
-    """
+def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> None:
+    """One network and its students, `names`, which differ in the head alone."""
     students = {ctx.student(name, seed): ctx.students[name] for name in names}
     first, student = next(iter(students.items()))
 
@@ -3871,7 +3976,9 @@ def distill(
         model = build_model(student.arch, weights, store.num_classes, student.input, seed)
         job = Job(first, model, student, student.train, store, seed, label_losses)
         if student.has_teachers:
-            targets = frozen_targets(student, store, ctx, runtime, loaded)
+            targets = frozen_targets(student, store, ctx, runtime)
+            if student.has_departures:
+                targets.departures = targets.measure()
             features = feature_loss(job, targets, ctx) if student.has_features else None
             job.losses = distillation(targets.answer, features)
             if student.train.mix == "none":
@@ -3887,22 +3994,80 @@ def distill(
 
 def frozen_networks(student: Distill, ctx: Context) -> list[Artefact]:
     """What a student learns from: its teachers, then the biased model if it is compared with."""
-    return ctx.ensemble(student) + ([ctx.bias()] if student.has_biased else [])
+    return ctx.ensemble(student) + (ctx.biased() if student.has_biased else [])
 
 
-def frozen_targets(
-    student: Distill, store: Store, ctx: Context, runtime: Runtime, loaded: dict[str, Classifier]
-) -> Targets:
+def frozen_targets(student: Distill, store: Store, ctx: Context, runtime: Runtime) -> Targets:
     """The answers of a student's teachers and biased model to the images of `store`."""
-    artefacts = frozen_networks(student, ctx)
-    for artefact in artefacts:
-        if artefact.fingerprint not in loaded:
-            loaded[artefact.fingerprint] = load_model(artefact.path, runtime.device, ctx.store)
-    models = [loaded[artefact.fingerprint] for artefact in artefacts]
+    models = [ctx.network(artefact) for artefact in frozen_networks(student, ctx)]
     num_teachers = len(ctx.ensemble(student))
     settings = ctx.data_settings | {"data": store.fingerprint}
     seed = student.train.view_seed
     return Targets(models, num_teachers, store, settings, runtime, seed, student.has_features)
+
+
+def teacher_rows(ctx: Context, student: Distill) -> list[dict[str, Any]]:
+    """Each of a student's teachers with its departure from the biased model, on training images.
+
+    All processes take part. A teacher is called biased if it departs by under a tenth of what the
+    one that departs most does (ours).
+    """
+    compared = replace(student, weighting="departure", gamma=(0.0,))
+    targets = frozen_targets(compared, ctx.store, ctx, ctx.runtime.together())
+    distance, disputed, accuracy, weights = (each.tolist() for each in targets.measure())
+    rows = []
+    for i, artefact in enumerate(ctx.ensemble(student)):
+        rows.append({
+            "name": artefact.name,
+            "departure": distance[i],
+            "disputed": None if math.isnan(disputed[i]) else disputed[i],
+            "accuracy": 100 * accuracy[i],
+            "weight": weights[i],
+            "biased": distance[i] < 0.1 * max(distance),
+        })
+    return rows
+
+
+def ensembles_of(ctx: Context) -> dict[tuple[str, ...], list[str]]:
+    """The different ensembles that the recipe's students learn from, with those students."""
+    ensembles: dict[tuple[str, ...], list[str]] = {}
+    for name, student in ctx.recipe.students.items():
+        if student.has_teachers:
+            teachers = tuple(artefact.name for artefact in ctx.ensemble(student))
+            ensembles.setdefault(teachers, []).append(name)
+    return ensembles
+
+
+def describe_ensembles(ctx: Context) -> list[dict[str, Any]]:
+    """For each ensemble the students that learn from it, and its teachers, if all there is."""
+    described = []
+    for names in ensembles_of(ctx).values():
+        student = ctx.students[names[0]]
+        needed = ctx.ensemble(student) + ctx.biased()
+        if all(artefact.standing().state == State.FINISHED for artefact in needed):
+            described.append({"students": names, "teachers": teacher_rows(ctx, student)})
+    return described
+
+
+def departure_table(teachers: Sequence[Mapping[str, Any]]) -> str:
+    """The teachers of an ensemble, and which of them are as biased as the biased model."""
+    lines = []
+    for row in teachers:
+        disputed = "–" if row["disputed"] is None else f"{row['disputed']:.4f}"
+        cells = [row["name"], f"{row['departure']:.4f}", disputed, f"{row['accuracy']:.1f}"]
+        note = "as biased as the biased model" if row["biased"] else ""
+        lines.append([*cells, f"{row['weight']:.3f}", note])
+    header = ["teacher", "departure", "where they disagree", "accuracy", "weight", ""]
+    return table(header, lines)
+
+
+def print_departures(ctx: Context) -> None:
+    """The teachers that students are about to learn from."""
+    for ensemble in describe_ensembles(ctx):
+        say(
+            "\nTeachers' departure from the biased model, training images (weight: of departure):",
+            departure_table(ensemble["teachers"]), "",
+        )
 
 
 def feature_loss(job: Job, targets: Targets, ctx: Context) -> FeatureLoss:
@@ -4765,13 +4930,18 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
     for model in models:
         trunk = read_metadata(model.path).get("trunk", str(model.path))
         by_trunk.setdefault(trunk, []).append(model)
-    rows = score_rows(models, logits_of(by_trunk, ctx), ctx)
+    rows = score_rows(models, logits_of(by_trunk, ctx, ctx.recipe.eval.split), ctx)
+    ensembles = [] if paths else describe_ensembles(ctx)
+    for ensemble in ensembles:
+        ensemble["headroom"] = headroom(ensemble, rows, ctx)
     results = describe_run(ctx) | {
         "rows": [
             {"name": name, "published": ctx.recipe.published.get(name, {}), "members": members}
             for name, members in rows.items()
         ],
         "left_out": left_out,
+        "ensembles": ensembles,
+        "choice": {} if paths else choose_student(models, ctx),
         "curves": curves(ctx.recipe),
         "probes": [],
     }
@@ -4783,11 +4953,11 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
 
 
 def logits_of(
-    by_trunk: Mapping[str, Sequence[Scored]], ctx: Context
+    by_trunk: Mapping[str, Sequence[Scored]], ctx: Context, split: str
 ) -> dict[Scored, Tensor]:
-    """Logits [N, C] of every model for the images that are scored."""
+    """Logits [N, C] of every model for the images of a split."""
     runtime, store = ctx.runtime.together(), ctx.store
-    indices = store.split(ctx.recipe.eval.split)
+    indices = store.split(split)
     logits: dict[Scored, Tensor] = {}
     for members in progress_bar([*by_trunk.values()], "eval"):
         loaded = [load_model(model.path, runtime.device, store) for model in members]
@@ -4820,6 +4990,90 @@ def score_rows(
             vote = majority_vote(torch.stack([logits[model] for model in members]))
             rows[votes[row]] = [scores(votes[row], vote)]
     return rows
+
+
+def headroom(
+    ensemble: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]], ctx: Context
+) -> dict[str, Any]:
+    """What averaging loses: mean WGA of an ensemble's teachers and of AVER's student (ours).
+
+    Empty if no student of it is plain AVER.
+    """
+    wga = {member["name"]: member["wga"] for members in rows.values() for member in members}
+    teachers = [wga.get(teacher["name"]) for teacher in ensemble["teachers"]]
+    for name in ensemble["students"]:
+        student = ctx.students[name]
+        plain_average = replace(student, weighting="average", gamma=(0.0,), head="own")
+        students = [member["wga"] for member in rows.get(name, [])]
+        present = [each for each in teachers if each is not None]
+        if student == plain_average and students and len(present) == len(teachers):
+            means = {"teachers": float(np.mean(present)), "average": float(np.mean(students))}
+            return {"student": name} | means
+    return {}
+
+
+def choose_student(models: Sequence[Scored], ctx: Context) -> dict[str, Any]:
+    """The student to ship and the runner-up, by worst-group accuracy on the selection part: the
+    validation images that refitted no head. Empty without such a part, or with a single student.
+    """
+    students = [model for model in models if model.name.startswith("students/")]
+    selection = ctx.store.split("selection")
+    if not len(selection) or len({model.row for model in students}) < 2:
+        return {}
+    logits = logits_of({model.name: [model] for model in students}, ctx, "selection")
+    labels, groups = ctx.store.labels[selection], ctx.store.groups[selection]
+    wga: dict[str, dict[str, float]] = {}
+    for model in students:
+        correct = logits[model].argmax(-1).numpy() == labels
+        seed = model.path.parent.name
+        wga.setdefault(model.row, {})[seed] = 100 * worst_group(correct, groups)
+    costs = {model.row: len(networks_behind(ctx.described(model.name))) for model in students}
+    sizes = ctx.store.counts("selection")
+    return rank_students(wga, costs, 100 / sizes[sizes > 0].min()) | {"images": len(selection)}
+
+
+def networks_behind(artefact: Artefact) -> set[str]:
+    """The networks that had to be trained before an artefact; heads of one network count once."""
+    names: set[str] = set()
+    for parent in artefact.parents.values():
+        is_teacher = parent.name.startswith("teachers/")
+        names |= {str(Path(parent.name).parent) if is_teacher else parent.name}
+        names |= networks_behind(parent)
+    return names
+
+
+def rank_students(
+    wga: Mapping[str, Mapping[str, float]], costs: Mapping[str, int], one_image: float
+) -> dict[str, Any]:
+    """The student to ship and the next one, of WGA by student and seed, in per cent (ours).
+
+    The best mean over the seeds that all have; students whose paired difference to it is within
+    one standard error are tied with it (with one seed: within `one_image` of the smallest group),
+    and the one that needs the fewest networks is taken.
+    """
+    seeds = sorted(set.intersection(*(set(values) for values in wga.values())))
+    if not seeds:
+        return {}
+    means = {name: float(np.mean([values[s] for s in seeds])) for name, values in wga.items()}
+
+    def is_tied(best: str, other: str) -> bool:
+        differences = [wga[best][s] - wga[other][s] for s in seeds]
+        error = one_image
+        if len(seeds) > 1:
+            error = float(np.std(differences, ddof=1)) / math.sqrt(len(seeds))
+        return float(np.mean(differences)) <= error
+
+    def first(names: Sequence[str]) -> tuple[str, list[str]]:
+        best = max(names, key=lambda name: means[name])
+        tied = [name for name in names if is_tied(best, name)]
+        return min(tied, key=lambda name: (costs[name], -means[name])), tied
+
+    ship, tied = first([*wga])
+    runner_up, _ = first([name for name in wga if name != ship])
+    return {
+        "ship": ship, "runner_up": runner_up, "tied": tied, "seeds": seeds, "networks": costs,
+        "wga": {name: spread([wga[name][s] for s in seeds]) for name in wga},
+    }
 
 
 def describe_run(ctx: Context) -> dict[str, Any]:
@@ -5111,6 +5365,8 @@ def summary(results: Mapping[str, Any]) -> str:
         absent = [group["name"] for group in groups if not group[key]]
         if absent:
             parts.append(f"{words}: {'; '.join(absent)}.")
+    if results.get("choice"):
+        parts += ["## Ship this one", choice_text(results)]
     if results["left_out"]:
         lines = "\n".join(f"- {line}" for line in results["left_out"])
         parts += ["## Left out", lines]
@@ -5135,6 +5391,14 @@ def report(results: Mapping[str, Any]) -> str:
             "fitted on group-balanced images of validation, scored on others.",
             probe_table(results["probes"]),
         ]
+    if results.get("ensembles"):
+        parts += [
+            "## Teachers",
+            "Departure: mean squared distance of a teacher's answers from the biased model's, over "
+            "the training images, and over those of which the two disagree; weight: the share that "
+            "the weighting `departure` gives.",
+            *map(ensemble_text, results["ensembles"]),
+        ]
     parts += [
         "## Groups", table(["group", about["split"], "train"], sizes),
         "## Every model", table(["model", *COLUMNS.values(), *names], single),
@@ -5146,6 +5410,50 @@ def report(results: Mapping[str, Any]) -> str:
         f"{about['versions']}; student seeds {student_seeds}, teacher seeds {teacher_seeds}."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def choice_text(results: Mapping[str, Any]) -> str:
+    """Which student to ship, why, and the next one."""
+    choice, split = results["choice"], results["about"]["split"]
+    members = {row["name"]: row["members"] for row in results["rows"]}
+
+    def figures(name: str) -> str:
+        mean, std = choice["wga"][name]
+        selected = f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+        scored = mean_cell([member["wga"] for member in members[name]])
+        average = mean_cell([member["mean"] for member in members[name]])
+        return f"selection WGA {selected}; {split}: WGA {scored}, mean {average}"
+
+    ship, runner_up = choice["ship"], choice["runner_up"]
+    seeds = ", ".join(seed.removeprefix("seed") for seed in choice["seeds"])
+    text = (
+        f"**{ship}** ({figures(ship)}). Runner-up: {runner_up} ({figures(runner_up)}).\n\n"
+        f"Chosen by worst-group accuracy on the selection part, {choice['images']} validation "
+        f"images that refitted no head, paired over seeds {seeds}; never on test."
+    )
+    others = [name for name in choice["tied"] if name != ship]
+    if others:
+        networks = choice["networks"]
+        dearest = max(others, key=lambda name: networks[name])
+        text += (
+            f" Within one standard error of the best: {', '.join([ship, *others])}; of these it "
+            f"needs the fewest networks before it ({networks[ship]}; {dearest}: "
+            f"{networks[dearest]})."
+        )
+    return text
+
+
+def ensemble_text(ensemble: Mapping[str, Any]) -> str:
+    """An ensemble's teachers, and what averaging them loses."""
+    parts = [f"Of {', '.join(ensemble['students'])}:", departure_table(ensemble["teachers"])]
+    if room := ensemble.get("headroom"):
+        difference = room["teachers"] - room["average"]
+        loss = f"loses {difference:.1f} points" if difference > 0 else "loses nothing"
+        parts.append(
+            f"Headroom: the teachers' mean WGA is {room['teachers']:.1f}, that of "
+            f"{room['student']} {room['average']:.1f}: averaging them {loss}."
+        )
+    return "\n\n".join(parts)
 
 
 def probe_table(probes: Sequence[Mapping[str, Any]]) -> str:
@@ -5250,11 +5558,12 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
         raise Problem(f"{name}: needs at least one seed and one student.")
     if data.reweighting == 1:
         check_no_selection(recipe, name)
-    if bias_model.kind == "teacher" and bias_model.teacher >= teachers.num_teachers:
-        raise Problem(
-            f"{name}: bias_model.teacher = {bias_model.teacher}, but there are "
-            f"{teachers.num_teachers} teachers, counted from 0."
-        )
+    for i in (bias_model.teacher, *bias_model.teachers) if bias_model.kind == "teacher" else ():
+        if i >= teachers.num_teachers:
+            raise Problem(
+                f"{name}: bias_model.teacher = {i}, but there are {teachers.num_teachers} "
+                "teachers, counted from 0."
+            )
     for key in recipe.students.keys() & recipe.augments.keys():
         raise Problem(f"{name}: {key!r} names a student and a set of images.")
     original = original or recipe
@@ -5270,7 +5579,7 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
                 needed = " and ".join(map(str, setting.needs))
                 raise Problem(f"{name}: {place}: {setting.name} belongs to {needed}.")
     for key, student in recipe.students.items():
-        check_student(student, f"{name}: students[{key!r}]", teachers)
+        check_student(student, f"{name}: students[{key!r}]", teachers, bias_model)
 
 
 def sections_of(recipe: Recipe) -> Iterator[tuple[str, Distill | Augment]]:
@@ -5327,7 +5636,9 @@ def check_references(
         ) from None
 
 
-def check_student(student: Distill, place: str, teachers: Teachers) -> None:
+def check_student(
+    student: Distill, place: str, teachers: Teachers, bias_model: BiasModel
+) -> None:
     """Raise Problem for values of a student that exclude each other."""
     if student.num_teachers > teachers.num_teachers:
         raise Problem(
@@ -5339,6 +5650,11 @@ def check_student(student: Distill, place: str, teachers: Teachers) -> None:
             raise Problem(
                 f"{place} has {len(student.layers)} layers and {len(student.gamma)} values of "
                 "gamma: give one for each layer."
+            )
+        if student.feature_weights == "agre" and len(bias_model.teachers) > 1:
+            raise Problem(
+                f"{place}.feature_weights = 'agre' compares features, which several biased models "
+                "do not share: name one as bias_model.teacher."
             )
         compared = student.feature_weights in ("agree", "disagree")
         if compared and (student.num_teachers or teachers.num_teachers) < 2:

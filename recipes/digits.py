@@ -73,5 +73,6 @@ recipe = Recipe(
         "one-hot-dfr": replace(student, weighting="one-hot", head="dfr"),
         "average": replace(student, weighting="average"),
         "agre": student,
+        "departure": replace(student, weighting="departure"),
     },
 )
