@@ -2,18 +2,20 @@
 
     python grokd.py run where_it_pays
 
-The data, teachers and students of recipes/digits.py. Of the five teachers none, one, two ... or all
-have a refitted head; the others are as biased as the biased model. Every weighting learns from every
-such ensemble, and each of its students is reported with the head it learnt and with a refitted one
-(trained once). `recipes["bad-teacher"]` has all refitted, for a run in which one teacher was spoilt.
+The data, teachers and students of recipes/digits.py. Of the five teachers none, one, two ... or
+all have a refitted head; the others are as biased as the biased model. Every weighting learns from
+every such ensemble, and each of its students is reported with the head it learnt and with a
+refitted one (trained once). `where_it_pays:bad-teacher` has all refitted, for a run in which one
+teacher was spoilt.
 
 Students of one ensemble share what its teachers learnt, so the published table has an ensemble for
 every seed; settings are those of the digits recipe, nothing was tuned:
 
     python recipes/measured/ensembles.py where_it_pays --save recipes/measured/where_it_pays.json
-    python recipes/measured/where_it_pays.py
+    python recipes/measured/gains.py summary
 
-`recipes["colored_mnist"]` is the same on coloured MNIST, 98 % aligned, with three shares (--root).
+`where_it_pays:colored_mnist` is the same on coloured MNIST, 98 % aligned, with three shares; it
+wants --root.
 """
 
 from dataclasses import replace

@@ -28,7 +28,7 @@ def test_command_help_shows_the_recipes_values_with_advice(
 ) -> None:
     printed = grokd_process("distill", "digits", "--help", cwd=tmp_path).stdout
     text = " ".join(printed.replace("│", " ").split())
-    assert "Its students: one-hot, one-hot-dfr, average, agre." in text
+    assert "Its students: one-hot, one-hot-dfr, average, agre, departure." in text
     assert "Lower it if the loss jumps, raise it if it falls slowly. (default: 0.01)" in text
     assert "--arch STR Architecture" in text
     assert "(default: cnn2)" in text
@@ -59,9 +59,11 @@ def test_flags_of_a_student_keep_the_other_students_values() -> None:
     given = grokd.load_recipe("digits")
     changed, _, _ = grokd.apply_flags("distill", given, "digits", ["--tau", "2"])
     assert [s.weighting for s in changed.students.values()] == [
-        "one-hot", "one-hot", "average", "agre"
+        "one-hot", "one-hot", "average", "agre", "departure"
     ]
-    assert list(changed.students) == ["one-hot", "one-hot-dfr", "average+tau=2.0", "agre+tau=2.0"]
+    assert list(changed.students) == [
+        "one-hot", "one-hot-dfr", "average+tau=2.0", "agre+tau=2.0", "departure+tau=2.0"
+    ]
     assert changed.students["agre+tau=2.0"].tau == 2.0
 
 

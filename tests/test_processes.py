@@ -26,6 +26,7 @@ students = {
     "parameters": replace(agre, space="parameters"),
     "batch": replace(agre, space="batch"),
     "random": replace(agre, weighting="random"),
+    "departure": replace(agre, weighting="departure"),
 }
 '''
 
@@ -95,7 +96,7 @@ def test_shared_batches_equal_one_process(tmp_path: Path, monkeypatch: pytest.Mo
                   (path, one / path.relative_to(images / "one"))]
         assert torch.allclose(losses[0], losses[1], atol=1e-6)
     assert gaps.keys() == {
-        "average", "average-micro", "logits", "parameters", "batch", "random"
+        "average", "average-micro", "logits", "parameters", "batch", "random", "departure"
     }
     assert gaps["average"] < 1e-8
     assert gaps["average-micro"] < 1e-8

@@ -178,7 +178,8 @@ def test_new_field_names_outputs_and_warns_where_it_has_no_effect(
     extended: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, students = flagged(extended, "--sharpness", "2", "--sharpeners", "4")
-    assert list(students) == ["one-hot", "one-hot-dfr", "average", "agre+sharpness=2.0"]
+    assert list(students) == [
+        "one-hot", "one-hot-dfr", "average", "agre+sharpness=2.0", "departure"]
     assert "warning" not in capsys.readouterr().out
     _, students = flagged(extended, "--student", "average", "--sharpness", "2")
     assert list(students) == ["average"]

@@ -1,0 +1,210 @@
+"""Where weighting teachers pays, from finished runs of recipes/where_it_pays.py:
+
+    python recipes/measured/ensembles.py where_it_pays --save recipes/measured/where_it_pays.json
+    python recipes/measured/gains.py summary
+    python recipes/measured/gains.py bad-teacher --seeds 0 10 20 30 40
+
+`summary` writes tables of WGA and of paired differences with 95 % intervals (Student's t), and a
+figure of the gain over AVER against the headroom, one point an ensemble. `bad-teacher` copies the
+teachers of those runs, puts a network of random weights, or one trained on shuffled labels, in the
+place of the last one's, trains students from them, and writes a table.
+"""
+
+import argparse
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+
+import grokd  # noqa: E402
+
+NAMES = {
+    "average": "AVER", "agre": "AGRE", "agre-shrink0.5": "AGRE, shrink .5",
+    "departure": "departure", "ca-mkd": "CA-MKD", "ae-kd": "AE-KD",
+}
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+NUM_TEACHERS = 5
+
+
+def interval(differences: np.ndarray) -> str:
+    """Mean and 95 % interval of paired differences."""
+    half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+    mean = differences.mean()
+    return f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]"
+
+
+def wga_of(results: dict[str, Any]) -> dict[str, np.ndarray]:
+    """WGA by row, an entry for each ensemble (and for each teacher of it)."""
+    return {row["name"]: np.array([member["wga"] for member in row["members"]])
+            for row in results["rows"]}
+
+
+def teachers_mean(wga: dict[str, np.ndarray], share: float) -> np.ndarray:
+    """Mean WGA of the teachers of each ensemble, the first of them refitted."""
+    refitted = wga["teachers, DFR"].reshape(-1, NUM_TEACHERS)
+    plain = wga["teachers, ERM"].reshape(-1, NUM_TEACHERS)
+    count = round(share * NUM_TEACHERS)
+    return np.concatenate([refitted[:, :count], plain[:, count:]], 1).mean(1)
+
+
+def by_selection(results: dict[str, Any], wga: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """WGA of each ensemble's student under the head that the selection part prefers."""
+    chosen = []
+    for i, choice in enumerate(results["choices"]):
+        selected = {key: choice["wga"][key][0] for key in (name, f"{name}-dfr")}
+        best = max(selected, key=lambda key: selected[key])
+        chosen.append(wga[best][i])
+    return np.array(chosen)
+
+
+def table_of_wga(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Rows of weightings under each head, columns of shares."""
+    wga = wga_of(results)
+
+    def cells(values: list[np.ndarray]) -> list[str]:
+        return [grokd.mean_cell(each.tolist()) for each in values]
+
+    header = ["WGA by share of refitted teachers", *(f"{share:g}" for share in SHARES)]
+    teachers = [teachers_mean(wga, share) for share in SHARES]
+    average = [wga[f"average-{share}"] for share in SHARES]
+    rows = [["teachers, mean", *cells(teachers)]]
+    room = [t - a for t, a in zip(teachers, average, strict=True)]
+    rows.append(["headroom: teachers − AVER", *cells(room)])
+    for name, label in NAMES.items():
+        rows.append([label, *cells([wga[f"{name}-{share}"] for share in SHARES])])
+    for name, label in NAMES.items():
+        refitted = [wga[f"{name}-{share}-dfr"] for share in SHARES]
+        rows.append([f"{label}, head refitted", *cells(refitted)])
+    for name, label in NAMES.items():
+        selected = [by_selection(results, wga, f"{name}-{share}") for share in SHARES]
+        rows.append([f"{label}, head by selection", *cells(selected)])
+    for name, label in (("one-hot", "one-hot"), ("one-hot-dfr", "one-hot, head refitted")):
+        rows.append([label, *cells([wga[name]] * len(SHARES))])
+    return header, rows
+
+
+def table_of_differences(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Paired differences between weightings, own heads."""
+    wga, rows = wga_of(results), []
+    for a, b in (("departure", "average"), ("departure", "agre"), ("agre", "average"),
+                 ("agre-shrink0.5", "average"), ("departure", "agre-shrink0.5")):
+        cells = [interval(wga[f"{a}-{share}"] - wga[f"{b}-{share}"]) for share in SHARES]
+        rows.append([f"{NAMES[a]} − {NAMES[b]}", *cells])
+    return ["WGA, mean [95 % interval]", *(f"{share:g}" for share in SHARES)], rows
+
+
+def draw_gain(results: dict[str, Any]) -> bytes:
+    """Gain over AVER against headroom, one point an ensemble and share (PNG)."""
+    wga = wga_of(results)
+    figure, pyplot = grokd.new_figure()
+    figure.set_size_inches(9, 4)
+    axes = figure.subplots(1, 2, sharey=True)
+    colours = pyplot.get_cmap("viridis", len(SHARES))
+    for axis, name in zip(axes, ("agre", "departure"), strict=True):
+        for i, share in enumerate(SHARES):
+            average = wga[f"average-{share}"]
+            room = teachers_mean(wga, share) - average
+            gain = wga[f"{name}-{share}"] - average
+            axis.scatter(room, gain, color=colours(i), s=24, label=f"{share:g} refitted")
+        axis.axhline(0, color="0.7", zorder=0)
+        axis.axvline(0, color="0.7", zorder=0)
+        axis.set_xlabel("headroom: teachers' mean WGA − AVER's")
+        axis.set_title(f"{NAMES[name]} − AVER", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("gain in WGA, points")
+    axes[1].legend(frameon=False, fontsize=8)
+    return grokd.png(figure, pyplot)
+
+
+def write(name: str, about: dict[str, Any], header: list[str], rows: list[list[str]]) -> None:
+    """Print a table and keep it as a record."""
+    print(grokd.table(header, rows), "\n")
+    record = {"about": about, "header": header, "rows": rows}
+    (HERE / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def summary() -> None:
+    results = json.loads((HERE / "where_it_pays.json").read_text())
+    about = results["about"]  # the runs' own: their command, date and commit
+    write("where_it_pays_wga", about, *table_of_wga(results))
+    write("where_it_pays_differences", about, *table_of_differences(results))
+    (HERE / "where_it_pays_gain.png").write_bytes(draw_gain(results))
+
+
+def spoil(out: Path, kind: str, seed: int) -> None:
+    """Put a bad network in the place of the last teacher, under the old one's description."""
+    recipe = grokd.load_recipe("where_it_pays:bad-teacher")
+    store = grokd.open_store(recipe.data, ".")
+    section = recipe.teachers.of(NUM_TEACHERS - 1)
+    model = grokd.build_model(section.arch[0], "random", 2, section.input, 7000 + seed)
+    if kind == "shuffled":
+        shuffled, train = copy.copy(store), store.split("train")
+        shuffled.labels = store.labels.copy()
+        shuffled.labels[train] = store.labels[train][grokd.permutation(len(train), seed, 99)]
+        artefact = grokd.Artefact("spoilt", out / "spoilt.safetensors", "", {}, {})
+        job = grokd.Job(artefact, model, section, section.train, shuffled, 7000 + seed,
+                        grokd.label_losses)
+        grokd.fit(job, grokd.Runtime.start("float32"))
+        shutil.rmtree(artefact.work, ignore_errors=True)
+    for head in ("erm", "dfr"):
+        path = out / "teachers" / str(NUM_TEACHERS - 1) / f"{head}.safetensors"
+        metadata = grokd.read_metadata(path) | {"trunk": grokd.trunk_key(model.eval())}
+        path.write_bytes(save(model.plain_state(), metadata))
+
+
+def bad_teacher(seeds: list[int]) -> None:
+    about = grokd.origin()
+    columns: dict[str, dict[str, list[float]]] = {}
+    weights: dict[str, list[float]] = {"random": [], "shuffled": []}
+    for kind in weights:
+        for seed in seeds:
+            source = Path("runs/ensembles/where_it_pays") / str(seed)
+            out = Path("runs/ensembles/where_it_pays-bad") / kind / str(seed)
+            if not (out / "results.json").is_file():
+                shutil.rmtree(out, ignore_errors=True)
+                for part in ("teachers", "bias-model"):
+                    shutil.copytree(source / part, out / part)
+                spoil(out, kind, seed)
+            grokd.command_line([
+                "run", "where_it_pays:bad-teacher", "--teachers.seed", str(seed),
+                "--bias-model.seed", f"1{seed:03d}", "--seeds", str(seed), "--out", str(out)])
+            results = json.loads((out / "results.json").read_text())
+            for name, values in wga_of(results).items():
+                columns.setdefault(name, {}).setdefault(kind, []).extend(values.tolist())
+            weights[kind].append(results["ensembles"][0]["teachers"][-1]["weight"])
+    good = wga_of(json.loads((HERE / "where_it_pays.json").read_text()))
+    rows = []
+    for suffix, words in (("", ""), ("-dfr", ", head refitted")):
+        for name, label in NAMES.items():
+            key = f"{name}-1.0{suffix}"
+            cells = [grokd.mean_cell(columns[key][kind]) for kind in weights]
+            rows.append([label + words, grokd.mean_cell(good[key].tolist()), *cells])
+    shares = [f"{np.mean(values):.4f}, at most {max(values):.4f}" for values in weights.values()]
+    rows.append(["weight that departure gives to it", "–", *shares])
+    write("where_it_pays_bad", about,
+          ["WGA, five refitted teachers", "all good", "one random", "one of shuffled labels"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("summary", "bad-teacher"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 10, 20, 30, 40])
+    args = parser.parse_args()
+    if args.what == "summary":
+        summary()
+    else:
+        bad_teacher(args.seeds)
+
+
+if __name__ == "__main__":
+    main()

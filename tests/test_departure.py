@@ -1,0 +1,288 @@
+"""Departure, several biased models, headroom, and which student to ship."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+from safetensors.torch import load_file
+from torch import Tensor
+
+import grokd
+from grokd import Classifier, Departures, Problem, Runtime, Store, Targets
+
+
+def measured(teachers: Tensor, biased: Tensor, labels: Tensor, size: int = 1000) -> Departures:
+    parts = range(0, len(labels), size)
+    return grokd.measure_departures(
+        (teachers[:, i : i + size], biased[i : i + size], labels[i : i + size]) for i in parts)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_departure_equals_the_slow_formula(classes: int) -> None:
+    torch.manual_seed(classes)
+    teachers, biased = 3 * torch.randn(4, 50, classes), 3 * torch.randn(50, classes)
+    labels = torch.randint(classes, (50,))
+    teachers[0] += 9 * torch.nn.functional.one_hot(labels, classes)  # one who is good
+    ours = measured(teachers, biased, labels)
+    weights = []
+    for t in range(4):
+        counted, recall = 0.0, []
+        gaps, disputed = [], []
+        for i in range(50):
+            p_t, p_b = (z.double().softmax(-1) for z in (teachers[t, i], biased[i]))
+            gap = float(((p_t - p_b) ** 2).sum())
+            gaps.append(gap)
+            if int(p_t.argmax()) == int(labels[i]):
+                counted += gap / 50
+            if int(p_t.argmax()) != int(p_b.argmax()):
+                disputed.append(gap)
+        for y in range(classes):
+            of_class = [int(teachers[t, i].argmax()) == y for i in range(50) if labels[i] == y]
+            if of_class:
+                recall.append(sum(of_class) / len(of_class))
+        chance = 1 / len(recall)
+        weights.append(counted * max(0, (sum(recall) / len(recall) - chance) / (1 - chance)))
+        assert float(ours.distance[t]) == pytest.approx(sum(gaps) / 50)
+        assert float(ours.disputed[t]) == pytest.approx(sum(disputed) / len(disputed))
+    assert ours.weights.tolist() == pytest.approx([w / sum(weights) for w in weights])
+    blocks = measured(teachers, biased, labels, size=7)
+    for a, b in zip(ours, blocks, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_teachers_that_are_the_biased_model_count_alike() -> None:
+    biased, labels = torch.randn(20, 3), torch.arange(20) % 3
+    same = measured(biased.expand(4, 20, 3), biased, labels)
+    assert same.weights.tolist() == [0.25] * 4
+    assert torch.isnan(same.disputed).all()  # they disagree nowhere
+
+
+def digits_model(store: Store, labels: np.ndarray, seed: int, epochs: int) -> Classifier:
+    """A small network trained on the digits with some labels."""
+    model = grokd.build_model("cnn2", "random", 2, grokd.Input(), seed)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, 0.9)
+    train = store.split("train")
+    images = store.view(train, torch.device("cpu"))
+    targets = torch.from_numpy(labels)
+    for epoch in range(epochs):
+        for batch in grokd.epoch_batches(len(train), 32, seed, epoch):
+            optimizer.zero_grad()
+            grokd.cross_entropy(model(images[batch]), targets[batch]).mean().backward()
+            optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Runtime, list[Classifier]]:
+    """The digits; three refitted teachers, one of random weights, one of shuffled labels, and the
+    biased model."""
+    data = grokd.load_recipe("digits").data
+    folder = str(tmp_path_factory.mktemp("digits"))
+    store, runtime = grokd.open_store(replace(data, store=folder), "."), Runtime.start("float32")
+    labels = store.labels[store.split("train")]
+    shuffled = labels[grokd.permutation(len(labels), 5)]
+    models = [digits_model(store, labels, seed, 10) for seed in range(3)]
+    for model in models:
+        grokd.refit_head(model, store, grokd.DFR(num_refits=5), grokd.Train(), 0, runtime)
+    models.append(digits_model(store, labels, 3, 0))
+    models.append(digits_model(store, shuffled, 4, 40))
+    models.append(digits_model(store, labels, 5, 10))
+    return store, runtime, models
+
+
+def test_bad_teachers_get_less_than_a_fair_share(
+    ensemble: tuple[Store, Runtime, list[Classifier]]
+) -> None:
+    store, runtime, models = ensemble
+    found = Targets(models, 5, store, {"of": "five"}, runtime, 0).measure()
+    distance, weights = found.distance.tolist(), found.weights.tolist()
+    assert min(distance[3:]) > max(distance[:3])  # their answers are far from the biased model's
+    assert weights[3] < 0.05 and weights[4] < 0.05  # a fair share is .2
+    assert min(weights[:3]) > 0.2
+    plain = digits_model(store, store.labels[store.split("train")], 6, 10)  # as biased as it
+    mixed = Targets([*models[:2], plain, models[5]], 3, store, {"of": "three"}, runtime, 0)
+    assert mixed.measure().weights[2] < 0.1 < min(mixed.measure().weights[:2])
+
+
+def test_cached_departure_is_that_of_the_networks_themselves(
+    ensemble: tuple[Store, Runtime, list[Classifier]]
+) -> None:
+    store, runtime, models = ensemble
+    targets = Targets(models, 5, store, {"of": "five"}, runtime, 0)
+    cached = targets.measure()
+    train = store.split("train")
+    images = store.view(train, torch.device("cpu"), 0)
+    logits = torch.stack([model(images) for model in models])
+    online = measured(logits[:5], logits[5], torch.from_numpy(store.labels[train]))
+    for a, b in zip(cached, online, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_several_biased_models_are_their_mean_logits(
+    ensemble: tuple[Store, Runtime, list[Classifier]]
+) -> None:
+    store, runtime, models = ensemble
+    targets = Targets(models, 3, store, {"of": "several"}, runtime, 0)  # three biased ones
+    targets.prepare(0)
+    settings = grokd.Distill()
+    positions = np.array([3, 700, 12])
+    batch = grokd.Batch(settings, models[0], torch.empty(0), torch.empty(0), positions, 3, 0, 0,
+                        runtime)
+    answer = targets.answer(batch)
+    logits = targets.logits(positions)
+    assert answer.teachers.shape[0] == 3
+    assert answer.biased is not None
+    torch.testing.assert_close(answer.biased, logits[3:].mean(0))
+
+
+def test_labels_are_weighed_by_the_mean_weight_of_a_sample() -> None:
+    torch.manual_seed(0)
+    student, teachers = torch.randn(6, 3), torch.randn(4, 6, 3)
+    biased, labels = torch.randn(6, 3), torch.arange(6) % 3
+    settings = grokd.Distill(alpha=0.25, weigh_labels=True)
+    answers = grokd.Ensemble(teachers, biased)
+    runtime: Any = None
+    batch = grokd.Batch(settings, torch.nn.Identity(), torch.empty(0), labels, np.arange(6), 6, 0,
+                        0, runtime, student)
+    value, _ = grokd.distillation(lambda _: answers)(batch)
+    weights = grokd.agre_weights(student, teachers, biased, 4.0)
+    shares = grokd.teacher_shares(weights)
+    for i in range(6):
+        distilled = sum(
+            float(shares[t, i] * grokd.kd_losses(student[i], teachers[t, i], 4.0))
+            for t in range(4))
+        cross_entropy = grokd.cross_entropy(student[i : i + 1], labels[i : i + 1])
+        labelled = float(weights[:, i].mean() * cross_entropy)
+        assert float(value[i]) == pytest.approx(0.75 * labelled + 0.25 * distilled, rel=1e-5)
+
+
+# The student to ship
+
+
+def rank(wga: Mapping[str, Sequence[float]], costs: dict[str, int]) -> tuple[str, str]:
+    by_seed = {name: {f"seed{s}": v for s, v in enumerate(values)} for name, values in wga.items()}
+    choice = grokd.rank_students(by_seed, costs, one_image=2.0)
+    return choice["ship"], choice["runner_up"]
+
+
+def test_best_on_selection_is_shipped_and_ties_go_to_fewer_networks() -> None:
+    costs = {"one-hot-dfr": 0, "average": 5, "agre": 6}
+    clear: dict[str, list[float]] = {
+        "one-hot-dfr": [80, 81, 80], "average": [84, 85, 84.5], "agre": [90, 91, 90.5]}
+    assert rank(clear, costs) == ("agre", "average")
+    paired = {"one-hot-dfr": [80, 70, 60], "average": [81, 71, 61], "agre": [82, 72, 62]}
+    assert rank(paired, costs) == ("agre", "average")  # wide spread, but every seed agrees
+    noise = {"one-hot-dfr": [80, 86, 83], "average": [83, 83, 84], "agre": [82, 84, 83]}
+    assert rank(noise, costs) == ("one-hot-dfr", "average")
+
+
+def test_one_seed_ties_within_one_image() -> None:
+    costs = {"one-hot-dfr": 0, "average": 5}
+    assert rank({"one-hot-dfr": [80], "average": [81.9]}, costs)[0] == "one-hot-dfr"
+    assert rank({"one-hot-dfr": [80], "average": [82.1]}, costs)[0] == "average"
+
+
+STUDENTS = '''
+from dataclasses import replace
+recipe = replace(recipe, students={
+    "one-hot": replace(student, weighting="one-hot"),
+    "average": replace(student, weighting="average"),
+    "departure": replace(student, weighting="departure"),
+})
+'''
+
+
+def test_run_ends_with_the_student_to_ship_and_reports_the_teachers(
+    images: Path, grokd_process: Run
+) -> None:
+    recipe = (images / "tiny.py").read_text() + STUDENTS
+    (images / "tiny.py").write_text(recipe)
+    printed = grokd_process("run", "tiny.py", cwd=images).stdout
+    assert printed.index("## Ship this one") > printed.index("| departure")
+    assert "Teachers' departure from the biased model" in printed
+    results = json.loads((images / "runs/tiny/results.json").read_text())
+    choice = results["choice"]
+    assert {choice["ship"], choice["runner_up"]} <= {"one-hot", "average", "departure"}
+    assert choice["networks"] == {"one-hot": 0, "average": 2, "departure": 2}  # b is a teacher's
+    report = (images / "runs/tiny/report.md").read_text()
+    assert f"**{choice['ship']}** (selection WGA" in report
+    ensemble, = results["ensembles"]
+    assert ensemble["students"] == ["average", "departure"]
+    wga = {row["name"]: [m["wga"] for m in row["members"]] for row in results["rows"]}
+    assert ensemble["headroom"]["teachers"] == pytest.approx(np.mean(wga["teachers, DFR"]))
+    assert ensemble["headroom"]["average"] == pytest.approx(np.mean(wga["average"]))
+    assert "Headroom: the teachers' mean WGA is" in report
+    history = json.loads(
+        (images / "runs/tiny/students/departure/seed0/model.history.json").read_text())
+    weights = [teacher["weight"] for teacher in ensemble["teachers"]]
+    for entry in history["epochs"]:  # one weight a teacher, from the first epoch to the last
+        assert entry["weight"] == pytest.approx(weights)
+
+    # The selection part alone decides: its figures are those of the saved models.
+    store = grokd.open_store(grokd.load_recipe(str(images / "tiny.py")).data, str(images))
+    indices = store.split("selection")
+    for name, (mean, _) in choice["wga"].items():
+        figures = []
+        for seed in (0, 1):
+            path = images / f"runs/tiny/students/{name}/seed{seed}/model.safetensors"
+            scores = grokd.validate(grokd.load_model(path), store, Runtime.start("float32"))
+            figures.append(scores["wga"])
+        assert mean == pytest.approx(np.mean(figures))
+    assert choice["images"] == len(indices)
+
+
+def test_killed_departure_student_goes_on_with_the_same_bits(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (images / "tiny.py").read_text() + STUDENTS
+    text = text.replace("epochs=2, batch_size=8", "epochs=3, batch_size=4, checkpoint_minutes=1e-9")
+    (images / "tiny.py").write_text(text)
+    monkeypatch.chdir(images)
+    for stage in ("teachers", "bias-model"):
+        grokd.command_line([stage, "tiny.py"])
+    killed = shutil.copytree(images, tmp_path / "killed")
+    distill = ["distill", "tiny.py", "--student", "departure", "--seeds", "0"]
+    grokd.command_line(distill)
+    monkeypatch.chdir(killed)
+    save_checkpoint = grokd.save_checkpoint
+
+    def interrupted(work: Path, step: int, state: dict[str, object]) -> None:
+        save_checkpoint(work, step, state)
+        if step == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(grokd, "save_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        grokd.command_line(distill)
+    monkeypatch.setattr(grokd, "save_checkpoint", save_checkpoint)
+    shutil.rmtree(killed / "store" / "targets")  # the first view is asked for again
+    grokd.command_line(distill)
+    path = "runs/tiny/students/departure/seed0/model.safetensors"
+    a, b = load_file(images / path), load_file(killed / path)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_several_biased_models_are_parents_and_exclude_features(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images)
+    text = (images / "tiny.py").read_text().replace(
+        'BiasModel(arch="cnn2"', 'BiasModel(teachers=(0, 1), arch="cnn2"')
+    (images / "tiny.py").write_text(text)
+    grokd.command_line(["teachers", "tiny.py"])
+    grokd.command_line(["distill", "tiny.py", "--student", "agre", "--seeds", "0"])
+    metadata = grokd.read_metadata(images / "runs/tiny/students/agre/seed0/model.safetensors")
+    assert {"teachers/0/erm", "teachers/1/erm"} <= json.loads(metadata["parents"]).keys()
+    with pytest.raises(Problem, match="several biased models do not share"):
+        grokd.command_line(["distill", "tiny.py", "--student", "agre", "--gamma", "1",
+                            "--feature-weights", "agre"])
+    (images / "tiny.py").write_text(text.replace("teachers=(0, 1)", "teachers=(0, 2)"))
+    with pytest.raises(Problem, match=r"bias_model.teacher = 2, but there are 2 teachers"):
+        grokd.command_line(["distill", "tiny.py"])
