@@ -5171,7 +5171,6 @@ def curves_over(setting: Setting, recipe: Recipe) -> list[dict[str, Any]]:
     settings they share; settings that matter only where it is on tell the lines apart."""
     lines: dict[tuple[str, str], dict[float, str]] = {}
     labels: dict[tuple[str, str], str] = {}
-    tried: dict[str, set[str]] = {}  # values of the other settings
     for name, student in recipe.students.items():
         values = settings_of(student)
         value = values.pop(setting.name, None)
@@ -5186,22 +5185,24 @@ def curves_over(setting: Setting, recipe: Recipe) -> list[dict[str, Any]]:
         special = {key: each for key, each in values.items() if key not in off}
         line = json.dumps(shared), json.dumps(special) if special else ""
         lines.setdefault(line, {})[value] = name
-        for key, each in shared.items():
-            tried.setdefault(key, set()).add(json.dumps(each))
         labels[line] = student.weighting_name
         if special:
             labels[line] += f", features {student.feature_weights}"
-    found = []
+    curves = {}
     for (shared_text, special_text), points in lines.items():
         if special_text:
             points = points | lines.get((shared_text, ""), {})
         if len(points) > 2:
-            label = labels[shared_text, special_text]
-            for key, each in json.loads(shared_text).items():
-                if key != "weighting" and len(tried[key]) > 1:
-                    label += f", {key} {each}"
-            found.append({"field": setting.name, "label": label, "points": sorted(points.items())})
-    return found
+            curves[shared_text, special_text] = sorted(points.items())
+    described = []
+    for (shared_text, special_text), drawn in curves.items():
+        label = labels[shared_text, special_text]
+        for key, value in json.loads(shared_text).items():
+            others = {json.dumps(json.loads(other).get(key, value)) for other, _ in curves}
+            if key != "weighting" and len(others) > 1:  # what else tells the lines apart
+                label += f", {key} {value}"
+        described.append({"field": setting.name, "label": label, "points": drawn})
+    return described
 
 
 def draw_curves(results: Mapping[str, Any]) -> bytes:

@@ -58,6 +58,7 @@ recipe = Recipe(
         "one-hot-dfr": replace(student, weighting="one-hot", head="dfr"),
         "average": replace(student, weighting="average"),
         "agre": student,
+        "departure": replace(student, weighting="departure"),
     },
     seeds=(0, 1, 2),
 )

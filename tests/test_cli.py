@@ -114,7 +114,7 @@ VALUES = [
     ("lr=0.01", "lr=float('nan')", r"lr = nan: must be a number"),
     ("seeds=(0, 1)", "seeds=[0, 1]", r"seeds = \[0, 1\]: must be a tuple of a whole number"),
     ("seeds=(0, 1)", "seeds=(0, -1)", r"seeds\[1\] = -1: must be a whole number at least 0"),
-    ('"one-hot",', '"onehot",', r"weighting = 'onehot': must be one of agre, average"),
+    ('"one-hot",', '"onehot",', r"weighting = 'onehot': must be one of agre, departure"),
     ('"agre": student', '"a/b": student', r"student 'a/b': letters, digits"),
     ('"agre": student', '"agre": 3', r"students\['agre'\] = 3: must be Distill"),
     ("epochs=2", "epocs=2", r"line \d+: TypeError: .*unexpected keyword argument 'epocs'"),

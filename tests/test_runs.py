@@ -79,8 +79,8 @@ def test_run_makes_every_stage_and_row(finished: Path) -> None:
     report = (finished / "runs" / "tiny" / "report.md").read_text()
     assert "| class 1, attribute 1 |    4 |     4 |" in report
     printed = (finished / "printed.txt").read_text()
-    summary, _, rest = report.partition("\n## Groups")
-    assert summary in printed
+    summary, _, rest = report.partition("\n## Teachers")
+    assert summary in printed and "## Ship this one" in summary
     assert "| students/agre/seed1/model" in rest and "| students/agre" not in printed
     assert "| 1 resnet8 DFR |" in printed
     assert "Took " in printed and "GiB of memory" in printed
