@@ -4010,7 +4010,40 @@ class Generator:
                 f"{steps} steps at strength {strength} are more than the generator's "
                 f"{len(self.noising.timesteps)} timesteps."
             )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Can a sample start in the middle of the scheduler's steps, and do they exist?"""
+        name, last = type(self.scheduler).__name__, len(self.noising.timesteps) - 1
+        try:
+            self.restart()
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise Problem(
+                f"{name} refuses {self.total} steps ({reason}): choose fewer steps, more strength, "
+                "or another scheduler."
+            ) from error
+        lowest, highest = (float(t) for t in self.scheduler.timesteps.aminmax())
+        if lowest < 0 or highest > last:
+            end = f"down to {lowest:.0f}" if lowest < 0 else f"up to {highest:.0f}"
+            raise Problem(
+                f"{self.settings.steps} steps at strength {self.settings.strength} are "
+                f"{self.total} in all, which {name} places on timesteps {end}, outside the "
+                f"generator's 0 to {last}: choose steps or strength a little different."
+            )
+        if len(self.scheduler.timesteps) != self.total or getattr(self.scheduler, "order", 1) > 1:
+            raise Problem(
+                f"{name} asks the network more than once in some steps, so a sample cannot start "
+                "between them: choose DDIMScheduler, EulerDiscreteScheduler or "
+                "DPMSolverMultistepScheduler."
+            )
+
+    def restart(self) -> None:
+        """Bring the scheduler to the first step of a sample. Many count the steps they have taken,
+        and put that step's noise on images too."""
         self.scheduler.set_timesteps(self.total, device=self.device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(self.first)
 
     def denoise(self, x: Tensor, t: Any, labels: Tensor) -> Tensor:
         """The network's prediction at timestep t (or one per sample), for classes [b]."""
@@ -4043,6 +4076,7 @@ class Generator:
         noise = noise_like(clean.shape, self.dtype, *key).to(self.device)
         if self.settings.strength == 1:
             return noise * self.scheduler.init_noise_sigma
+        self.restart()
         return self.scheduler.add_noise(clean, noise, self.scheduler.timesteps[self.first][None])
 
     def images(self, z: Tensor, labels: Tensor, keys: Sequence[int]) -> Tensor:
@@ -4050,9 +4084,7 @@ class Generator:
         checkpointed, so memory does not grow with their number."""
         from torch.utils.checkpoint import checkpoint
 
-        self.scheduler.set_timesteps(self.total, device=self.device)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(self.first)
+        self.restart()
         more = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             more["generator"] = [torch.Generator(self.device).manual_seed(key) for key in keys]

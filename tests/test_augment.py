@@ -1,7 +1,6 @@
 """Guided generation: gradients, acceptance, independence of batches, commands, rebalancing."""
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -27,60 +26,6 @@ from grokd import Augment, Classifier, Data, Generator, Input, Judge, Problem, R
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
     return Runtime.start("float64")
-
-
-@pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny random class-conditional DDPM on 8 pixels, saved as diffusers does."""
-    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, num_class_embeds=2,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
-    folder = tmp_path_factory.mktemp("pixels")
-    pipeline: Any = DDPMPipeline(unet, DDPMScheduler(100))
-    pipeline.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny random Stable Diffusion of the real classes: 16 pixels, 8 x 8 latents."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("sd")
-    words = [chr(c) for c in range(97, 123)]
-    vocabulary = [*words, *(w + "</w>" for w in words), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
-                              model_max_length=16)
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=16, projection_dim=16,
-        bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1))
-    unet = UNet2DConditionModel(
-        8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=16, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
-                        down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2)
-    pipeline: Any = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipeline.save_pretrained(folder / "pipeline")
-    return str(folder / "pipeline")
 
 
 @pytest.fixture

@@ -1,0 +1,176 @@
+"""Diffusion pipelines as they are released: schedulers, precisions, memory. No weights are real."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_stable_diffusion, write_images
+
+import grokd
+from grokd import Augment, Classifier, Data, Generator, Input, Judge, Problem, Runtime, Store
+
+# scheduler/scheduler_config.json as released. Fields of other schedulers stand in them too: what
+# is built from them by another name takes those.
+LATENT = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+          "clip_sample": False, "num_train_timesteps": 1000, "set_alpha_to_one": False,
+          "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "sd15": LATENT | {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0"},
+    "sd21": LATENT | {"_class_name": "DDIMScheduler", "_diffusers_version": "0.8.0",
+                      "prediction_type": "v_prediction"},
+    "turbo": LATENT | {"_class_name": "EulerDiscreteScheduler",
+                       "_diffusers_version": "0.24.0.dev0", "interpolation_type": "linear",
+                       "prediction_type": "epsilon", "sigma_max": None, "sigma_min": None,
+                       "timestep_spacing": "trailing", "timestep_type": "discrete",
+                       "use_karras_sigmas": False},
+}
+# What sets the UNet of 2.x apart from that of 1.x (attention_head_dim 8, convolutions).
+TWO: dict[str, Any] = {"attention_head_dim": [1, 2], "use_linear_projection": True,
+                       "dual_cross_attention": False, "only_cross_attention": False,
+                       "upcast_attention": True}
+UNETS: dict[str, dict[str, Any]] = {"sd15": {}, "sd21": TWO, "turbo": TWO}
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return Runtime.start("float64")
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of tiny random pipelines with the schedulers and fields of the released ones."""
+    import diffusers
+
+    folders = {}
+    for name, config in SCHEDULERS.items():
+        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        folder = tmp_path_factory.mktemp(name)
+        folders[name] = save_stable_diffusion(folder, scheduler, **UNETS[name])
+        path = Path(folders[name]) / "scheduler/scheduler_config.json"
+        path.write_text(json.dumps(config))
+    return folders
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    folder = write_images(tmp_path / "images", per_group=4)
+    return grokd.open_store(Data(size=16, crop=12, attribute_column="place",
+                                 store=str(folder / "store")), str(folder))
+
+
+SETTINGS = Augment(steps=2, iterations=3, realism=1.0, in_flight=3, min_teacher=0.6,
+                   max_student=0.4, prompt="a {}")
+
+
+def network(seed: int) -> Classifier:
+    model = grokd.build_model("cnn2", "random", 2, Input(), seed).double()
+    with torch.no_grad():
+        model.head.weight.mul_(20)  # sure of something
+    return model.eval().requires_grad_(False)
+
+
+def judge(store: Store, settings: Augment) -> Judge:
+    return Judge([network(0), network(1)], network(2), store, settings)
+
+
+def make(source: str, settings: Augment, store: Store, runtime: Runtime) -> Generator:
+    return Generator(source, settings, store.class_names, store.data.size, runtime)
+
+
+def records(source: str, store: Store, runtime: Runtime, settings: Augment,
+            sources: list[int]) -> dict[int, dict[str, Any]]:
+    made = make(source, settings, store, runtime)
+    return {r["source"]: r for r in
+            grokd.generate(made, judge(store, settings), store, sources, seed=3)}
+
+
+# Schedulers
+
+DETERMINISTIC = ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler",
+                 "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "LMSDiscreteScheduler",
+                 "DEISMultistepScheduler"]
+RANDOM = ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler"]
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("scheduler", DETERMINISTIC + RANDOM)
+def test_a_sample_starts_alike_before_and_after_others(
+    pixels: str, store: Store, runtime: Runtime, scheduler: str, strength: float
+) -> None:
+    settings = replace(SETTINGS, scheduler=scheduler, strength=strength)
+    raw, generator = store.raw(np.array([0])), make(pixels, settings, store, runtime)
+    first = generator.begin(raw, 7)
+    noise = float((first - generator.latents(raw)).std())
+    assert noise > 0.1
+    with torch.no_grad():
+        images = generator.images(first, torch.tensor([0]), [7])
+        assert torch.equal(generator.begin(raw, 7), first)
+        assert torch.equal(generator.images(first, torch.tensor([0]), [7]), images)
+
+
+@pytest.mark.parametrize("scheduler", DETERMINISTIC + RANDOM)
+def test_result_does_not_depend_on_the_flight(
+    pixels: str, store: Store, runtime: Runtime, scheduler: str
+) -> None:
+    """Samples that refill the flight start after others were sampled, as after a kill."""
+    settings = replace(SETTINGS, scheduler=scheduler, strength=0.5)
+    sources = [0, 5, 9, 12]
+    together = records(pixels, store, runtime, replace(settings, in_flight=4), sources)
+    for flight in (1, 3):
+        found = records(pixels, store, runtime, replace(settings, in_flight=flight), sources)
+        for source in sources:
+            assert np.array_equal(found[source]["image"], together[source]["image"])
+            assert found[source]["score"] == pytest.approx(together[source]["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler",
+                                       "KDPM2AncestralDiscreteScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_schedulers_that_ask_twice_in_a_step_are_refused_in_one_line(
+    released: dict[str, str], store: Store, runtime: Runtime, scheduler: str, strength: float
+) -> None:
+    settings = replace(SETTINGS, scheduler=scheduler, strength=strength)
+    with pytest.raises(Problem, match=rf"{scheduler} .*: choose DDIMScheduler") as refusal:
+        make(released["turbo"], settings, store, runtime)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_scheduler_that_refuses_so_many_steps_is_one_line(
+    pixels: str, store: Store, runtime: Runtime
+) -> None:
+    settings = replace(SETTINGS, scheduler="LCMScheduler", steps=50, strength=0.51)
+    with pytest.raises(Problem, match="LCMScheduler refuses 99 steps") as refusal:
+        make(pixels, settings, store, runtime)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler",
+                                       "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("steps, strength, total", [(50, 0.82, 61), (50, 0.49, 103),
+                                                    (50, 0.415, 121)])
+def test_noise_levels_that_do_not_exist_are_refused(
+    released: dict[str, str], store: Store, runtime: Runtime, scheduler: str, steps: int,
+    strength: float, total: int
+) -> None:
+    """Spacing "trailing" rounds its last timestep to -1 for some totals: to the highest noise."""
+    settings = replace(SETTINGS, scheduler=scheduler, steps=steps, strength=strength)
+    refused = rf"{total} in all, .* down to -1, .* generator's 0 to 999: choose"
+    with pytest.raises(Problem, match=refused) as refusal:
+        make(released["turbo"], settings, store, runtime)
+    assert "\n" not in str(refusal.value)
+    for change in ({"steps": steps - 1}, {"strength": strength - 0.015}):
+        generator = make(released["turbo"], replace(settings, **change), store, runtime)
+        assert float(generator.scheduler.timesteps.min()) >= 0
+        assert float(generator.scheduler.timesteps.max()) <= 999
+
+
+def test_leading_spacing_with_an_offset_cannot_pass_the_last_level(
+    released: dict[str, str], store: Store, runtime: Runtime
+) -> None:
+    settings = replace(SETTINGS, steps=10, strength=0.01)
+    with pytest.raises(Problem, match=r"1000 in all, .* up to 1000, .* 0 to 999: choose"):
+        make(released["sd15"], settings, store, runtime)
