@@ -543,7 +543,8 @@ class Augment:
     # Noise put on the source image; 1: start from noise alone. Little keeps layout and colours.
     strength: Annotated[float, Range(0.01, 1)] = 0.67
     prompt: str = "a photo of a {}"  # Stable Diffusion: text for a class.
-    guidance_scale: NotNegative = 1.0  # Stable Diffusion: classifier-free guidance; 1: none.
+    # Stable Diffusion: classifier-free guidance; 1 or less: none, as diffusers has it.
+    guidance_scale: NotNegative = 1.0
     # What is maximised over latents, of teachers' t_y and student's f_y: t^exponent +
     # (1 - f)^exponent, log t + log(1 - f), or the sum of logit margins.
     objective: Annotated[Literal["power", "log", "margin"], GUIDED] = "power"
@@ -3995,11 +3996,14 @@ class Generator:
     def _set_schedule(self, scheduler: Any) -> None:
         """The timesteps of a sample, and the scheduler that puts noise on images."""
         diffusers = import_diffusers()
-        wanted = self.settings.scheduler
-        if wanted and wanted != type(scheduler).__name__:
-            if not hasattr(diffusers, wanted):
-                raise Problem(f"diffusers has no scheduler {wanted!r}.")
-            scheduler = getattr(diffusers, wanted).from_config(scheduler.config)
+        wanted = self.settings.scheduler or type(scheduler).__name__
+        if not hasattr(diffusers, wanted):
+            raise Problem(f"diffusers has no scheduler {wanted!r}.")
+        # DDIM and DDPM clip to pixels' -1..1 unless the configuration says otherwise, and that of
+        # another scheduler need not. Latents lie beyond.
+        clipping = {} if self.vae is None else {"clip_sample": False, "thresholding": False}
+        if clipping or wanted != type(scheduler).__name__:
+            scheduler = getattr(diffusers, wanted).from_config(scheduler.config, **clipping)
         self.scheduler = scheduler
         self.noising = diffusers.DDPMScheduler.from_config(scheduler.config)
         steps, strength = self.settings.steps, self.settings.strength
@@ -4053,7 +4057,7 @@ class Generator:
         elif self.unet.config.num_class_embeds:
             more["class_labels"] = labels
         prediction = self.unet(x, t, **more).sample
-        if self.text is not None and self.settings.guidance_scale != 1:
+        if self.text is not None and self.settings.guidance_scale > 1:
             more["encoder_hidden_states"] = self.text[torch.full_like(labels, -1)]
             plain = self.unet(x, t, **more).sample
             prediction = plain + self.settings.guidance_scale * (prediction - plain)

@@ -1,6 +1,8 @@
 """Diffusion pipelines as they are released: schedulers, precisions, memory. No weights are real."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_stable_diffusion, write_images
+from torch import Tensor
 
 import grokd
 from grokd import Augment, Classifier, Data, Generator, Input, Judge, Problem, Runtime, Store
@@ -174,3 +177,77 @@ def test_leading_spacing_with_an_offset_cannot_pass_the_last_level(
     settings = replace(SETTINGS, steps=10, strength=0.01)
     with pytest.raises(Problem, match=r"1000 in all, .* up to 1000, .* 0 to 999: choose"):
         make(released["sd15"], settings, store, runtime)
+
+
+@pytest.mark.parametrize("scheduler", ["", "DDIMScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize("change", [{}, {"thresholding": True, "sample_max_value": 1.5}])
+def test_latents_are_not_clipped_as_pixels_are(
+    released: dict[str, str], pixels: str, store: Store, runtime: Runtime, tmp_path: Path,
+    scheduler: str, change: dict[str, Any]
+) -> None:
+    """Latents of Stable Diffusion reach +-4; fields that a configuration lacks clip at +-1."""
+    folder = tmp_path / "pipeline"
+    shutil.copytree(released["turbo"], folder)
+    config = {key: value for key, value in SCHEDULERS["turbo"].items() if key != "clip_sample"}
+    if not scheduler:
+        config["_class_name"] = "DDIMScheduler"
+        index = folder / "model_index.json"
+        index.write_text(index.read_text().replace("EulerDiscreteScheduler", "DDIMScheduler"))
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config | change))
+    settings = replace(SETTINGS, scheduler=scheduler, steps=1, strength=1.0)
+    generator = make(str(folder), settings, store, runtime)
+    assert not generator.scheduler.config.get("clip_sample")
+    assert not generator.scheduler.config.get("thresholding")
+    z = torch.full((1, 4, 8, 8), 60.0).double()  # alpha is .07 at the last level: 4 and more
+    t = generator.scheduler.timesteps[0]
+    more = {"generator": torch.Generator()} if scheduler == "DDPMScheduler" else {}
+    clean = generator.scheduler.step(torch.zeros_like(z), t, z, **more).pred_original_sample
+    torch.testing.assert_close(clean, z / generator.scheduler.alphas_cumprod[999].double() ** 0.5)
+    of_pixels = make(pixels, settings, store, runtime)
+    assert of_pixels.scheduler.config.clip_sample  # as it was trained
+
+
+def pipeline_images(folder: str, generator: Generator, z: Tensor, settings: Augment,
+                    prompt: str) -> Tensor:
+    """What the pipeline itself makes of a latent, in 0..1."""
+    pipeline: Any = grokd.load_pipeline(folder)
+    pipeline.to(torch.float64)
+    pipeline.scheduler = copy.deepcopy(generator.scheduler)
+    return pipeline(prompt, num_inference_steps=settings.steps, output_type="pt",
+                    guidance_scale=settings.guidance_scale,
+                    latents=z / pipeline.scheduler.init_noise_sigma).images
+
+
+@pytest.mark.parametrize("name, scheduler, steps", [
+    ("sd15", "", 1), ("sd15", "DDIMScheduler", 6), ("sd15", "EulerDiscreteScheduler", 3),
+    ("sd21", "", 4), ("sd21", "DPMSolverMultistepScheduler", 4),
+    ("turbo", "", 1), ("turbo", "", 4), ("turbo", "DDIMScheduler", 1),
+])
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 7.5])
+def test_images_are_those_of_the_pipeline_itself(
+    released: dict[str, str], store: Store, runtime: Runtime, name: str, scheduler: str,
+    steps: int, guidance_scale: float
+) -> None:
+    """From noise alone, as text to image: 0 means no guidance too, as SD-Turbo is documented."""
+    settings = replace(SETTINGS, scheduler=scheduler, steps=steps, strength=1.0,
+                       guidance_scale=guidance_scale)
+    generator = make(released[name], settings, store, runtime)
+    z = generator.begin(store.raw(np.array([0])), 5)
+    sigma = float(generator.scheduler.init_noise_sigma)
+    assert float(z.std()) == pytest.approx(sigma, rel=0.2)
+    expected = pipeline_images(released[name], generator, z, settings,
+                               settings.prompt.format(store.class_names[1]))
+    with torch.no_grad():
+        images = generator.images(z, torch.tensor([1]), [5])
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_turbo_starts_at_the_last_level_from_noise_alone(
+    released: dict[str, str], store: Store, runtime: Runtime
+) -> None:
+    settings = replace(SETTINGS, scheduler="", steps=1, strength=1.0)
+    generator = make(released["turbo"], settings, store, runtime)
+    assert generator.scheduler.timesteps.tolist() == [999]
+    starts = [generator.begin(store.raw(np.array([i])), 5) for i in (0, 9)]
+    assert torch.equal(*starts)  # nothing of the source
+    assert 12 < float(starts[0].std()) < 18  # sigma 14.6
