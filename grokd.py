@@ -4001,7 +4001,9 @@ class Generator:
             raise Problem(f"diffusers has no scheduler {wanted!r}.")
         # DDIM and DDPM clip to pixels' -1..1 unless the configuration says otherwise, and that of
         # another scheduler need not. Latents lie beyond.
-        clipping = {} if self.vae is None else {"clip_sample": False, "thresholding": False}
+        clipping: dict[str, bool] = {}
+        if self.vae is not None:
+            clipping = {"clip_sample": False, "thresholding": False}
         if clipping or wanted != type(scheduler).__name__:
             scheduler = getattr(diffusers, wanted).from_config(scheduler.config, **clipping)
         self.scheduler = scheduler

@@ -201,7 +201,8 @@ def test_latents_are_not_clipped_as_pixels_are(
     z = torch.full((1, 4, 8, 8), 60.0).double()  # alpha is .07 at the last level: 4 and more
     t = generator.scheduler.timesteps[0]
     more = {"generator": torch.Generator()} if scheduler == "DDPMScheduler" else {}
-    clean = generator.scheduler.step(torch.zeros_like(z), t, z, **more).pred_original_sample
+    step: Any = generator.scheduler.step
+    clean = step(torch.zeros_like(z), t, z, **more).pred_original_sample
     torch.testing.assert_close(clean, z / generator.scheduler.alphas_cumprod[999].double() ** 0.5)
     of_pixels = make(pixels, settings, store, runtime)
     assert of_pixels.scheduler.config.clip_sample  # as it was trained
