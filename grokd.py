@@ -4342,7 +4342,7 @@ def generate(
         if not all(done):
             iterations = [sample.iteration for sample in flight]
             upward, figures = judge.gradient(images, labels, keys, iterations)
-            gradient = torch.autograd.grad(images, z, upward.to(images))[0]
+            gradient = latent_gradient(images, z, upward)
             for sample, of_sample, over in zip(flight, gradient, done, strict=True):
                 if not over:
                     climb(sample, of_sample, settings)
@@ -4353,6 +4353,18 @@ def generate(
                 counts = {"seed": seed, "steps": sample.iteration, "judged": sample.judged}
                 yield sample.best | counts
         flight = [sample for sample, over in zip(flight, done, strict=True) if not over]
+
+
+def latent_gradient(images: Tensor, z: Tensor, upward: Tensor) -> Tensor:
+    """dJ/dz of dJ/dimages, [b, ...] each.
+
+    float16 holds nothing below 6e-8, so each sample's gradient goes through the generator with a
+    norm near 1. The factor is a power of two: it changes no bit of what float32 can hold.
+    """
+    norms = upward.double().flatten(1).norm(dim=1)
+    scale = torch.ldexp(torch.ones_like(norms), -torch.frexp(norms).exponent)[:, None, None, None]
+    gradient = torch.autograd.grad(images, z, (upward * scale).to(images))[0]
+    return (gradient / scale).to(z)
 
 
 def launch(source: int, generator: Generator, store: Store, seed: int) -> Sample:

@@ -252,3 +252,66 @@ def test_turbo_starts_at_the_last_level_from_noise_alone(
     starts = [generator.begin(store.raw(np.array([i])), 5) for i in (0, 9)]
     assert torch.equal(*starts)  # nothing of the source
     assert 12 < float(starts[0].std()) < 18  # sigma 14.6
+
+
+# Precision
+
+
+def half(precision: str) -> Runtime:
+    """Networks in that precision, on the CPU, where accelerate offers no float16."""
+    return replace(Runtime.start("float32"), precision=precision)
+
+
+class FaintJudge(Judge):
+    """A judge so sure that its gradients are faint, by another power of two for each sample."""
+
+    faintness = 0
+
+    def gradient(self, images: Tensor, labels: Tensor, keys: Any, iterations: Any) -> Any:
+        gradient, figures = super().gradient(images, labels, keys, iterations)
+        powers = [2.0 ** (-self.faintness * (1 + key % 2)) for key in keys]
+        return gradient * torch.tensor(powers).to(gradient)[:, None, None, None], figures
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32"])
+def test_faint_gradients_guide_as_strong_ones(
+    pixels: str, store: Store, precision: str
+) -> None:
+    """float16 holds nothing under 6e-8; a sample whose networks are sure must still move."""
+    settings = replace(SETTINGS, max_student=0.0, iterations=2)
+    made: dict[int, list[dict[str, Any]]] = {}
+    for faintness in (0, 14):  # 6e-5 and 4e-9 of the gradient
+        networks = [network(seed).float() for seed in range(3)]
+        judges = FaintJudge(networks[:2], networks[2], store, settings)
+        judges.faintness = faintness
+        generator = make(pixels, settings, store, half(precision))
+        assert generator.network_dtype == getattr(torch, precision)
+        made[faintness] = list(grokd.generate(generator, judges, store, [0, 5, 9], seed=3))
+    for strong, faint in zip(*made.values(), strict=True):
+        assert faint["score"] == strong["score"] and faint["iterations"] == strong["iterations"]
+        assert np.array_equal(faint["image"], strong["image"])
+
+
+def test_gradient_of_latents_in_float16_is_that_of_float32(pixels: str, store: Store) -> None:
+    gradients = []
+    for precision in ("float32", "float16"):
+        generator = make(pixels, SETTINGS, store, half(precision))
+        z = torch.cat([generator.begin(store.raw(np.array([i])), 7 + i) for i in (0, 9)])
+        z.requires_grad_()
+        images = generator.images(z, torch.tensor([0, 1]), [7, 16])
+        upward = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
+        upward *= torch.tensor([1e-9, 1e3])[:, None, None, None]
+        gradients.append(grokd.latent_gradient(images, z, upward))
+        assert gradients[-1].dtype == torch.float32
+    for exact, short in zip(*gradients, strict=True):
+        assert float(exact.norm()) > 0
+        assert float((short - exact).norm() / exact.norm()) < 0.02
+
+
+def test_gradients_of_float32_keep_their_bits(pixels: str, store: Store) -> None:
+    generator = make(pixels, SETTINGS, store, half("float32"))
+    z = generator.begin(store.raw(np.array([0])), 7).requires_grad_()
+    upward = torch.randn((1, 3, 16, 16), generator=torch.Generator().manual_seed(2)) * 0.3
+    plain = torch.autograd.grad(generator.images(z, torch.tensor([0]), [7]), z, upward)[0]
+    images = generator.images(z, torch.tensor([0]), [7])
+    assert torch.equal(grokd.latent_gradient(images, z, upward), plain)
