@@ -3968,20 +3968,21 @@ class Generator:
         half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         self.network_dtype = half.get(runtime.precision, runtime.dtype)
         pipeline = load_pipeline(source)
-        self.unet = self._frozen(pipeline.unet)
+        self.unet = self._frozen(pipeline.unet, self.network_dtype)
         self.side = int(self.unet.config.sample_size)
         self.vae, self.scale, self.text = None, 1.0, None
         if hasattr(pipeline, "vae"):
             self._add_text_and_latents(pipeline, class_names)
         self._set_schedule(pipeline.scheduler)
 
-    def _frozen(self, network: nn.Module) -> Any:
-        """A network in the generator's own precision."""
-        return network.to(self.device, self.network_dtype).eval().requires_grad_(False)
+    def _frozen(self, network: nn.Module, dtype: torch.dtype) -> Any:
+        return network.to(self.device, dtype).eval().requires_grad_(False)
 
     def _add_text_and_latents(self, pipeline: Any, class_names: Sequence[str]) -> None:
         """Stable Diffusion's autoencoder, and what its text encoder says of each class."""
-        self.vae = self._frozen(pipeline.vae)
+        # Activations of Stable Diffusion's pass float16's 65504, but for versions that say so.
+        overflows = self.network_dtype == torch.float16 and pipeline.vae.config.force_upcast
+        self.vae = self._frozen(pipeline.vae, torch.float32 if overflows else self.network_dtype)
         self.scale = pipeline.vae.config.scaling_factor
         self.side *= 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         prompts = [self.settings.prompt.format(name) for name in class_names]
@@ -3990,7 +3991,7 @@ class Generator:
             prompts, padding="max_length", truncation=True,
             max_length=pipeline.tokenizer.model_max_length, return_tensors="pt",
         )
-        encoder = self._frozen(pipeline.text_encoder)
+        encoder = self._frozen(pipeline.text_encoder, self.network_dtype)
         self.text = encoder(tokens.input_ids.to(self.device))[0]
 
     def _set_schedule(self, scheduler: Any) -> None:
@@ -4105,6 +4106,15 @@ class Generator:
         if self.side != self.size:
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         return images
+
+    def require_finite(self, values: Tensor, name: str) -> None:
+        """Raises Problem: what is no number must pass neither as an image nor as a step."""
+        if not torch.isfinite(values).all():
+            precision = str(self.network_dtype).removeprefix("torch.")
+            raise Problem(
+                f"The generator's {name} are not finite in {precision} networks: use --precision "
+                "bfloat16 or float32, or a smaller step_size."
+            )
 
     def realism(self, raw: np.ndarray, labels: Tensor) -> Tensor:
         """Mean denoising loss [b] of stored images over a few noise levels: lower is more real."""
@@ -4333,6 +4343,7 @@ def generate(
         with torch.set_grad_enabled(settings.guided and settings.iterations > 0):
             z.requires_grad_(torch.is_grad_enabled())
             images = generator.images(z, labels, keys)
+        generator.require_finite(images, "images")
         assess(flight, images, labels, generator, judge)
         done = [
             bool(sample.best["accepted"]) or sample.iteration >= settings.iterations
@@ -4343,6 +4354,7 @@ def generate(
             iterations = [sample.iteration for sample in flight]
             upward, figures = judge.gradient(images, labels, keys, iterations)
             gradient = latent_gradient(images, z, upward)
+            generator.require_finite(gradient, "gradients")
             for sample, of_sample, over in zip(flight, gradient, done, strict=True):
                 if not over:
                     climb(sample, of_sample, settings)

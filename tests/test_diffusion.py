@@ -315,3 +315,58 @@ def test_gradients_of_float32_keep_their_bits(pixels: str, store: Store) -> None
     plain = torch.autograd.grad(generator.images(z, torch.tensor([0]), [7]), z, upward)[0]
     images = generator.images(z, torch.tensor([0]), [7])
     assert torch.equal(grokd.latent_gradient(images, z, upward), plain)
+
+
+@pytest.fixture(scope="module")
+def overflowing(stable_diffusion: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Its autoencoder's activations pass 65504 on the way, as those of Stable Diffusion can."""
+    folder = tmp_path_factory.mktemp("overflowing") / "pipeline"
+    shutil.copytree(stable_diffusion, folder)
+    vae = grokd.load_pipeline(str(folder)).vae
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(1e6)
+        vae.encoder.conv_in.weight.mul_(1e6)
+    vae.save_pretrained(folder / "vae")
+    return str(folder)
+
+
+@pytest.mark.parametrize("precision, dtype", [
+    ("float16", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32),
+])
+def test_an_autoencoder_that_overflows_in_float16_is_kept_in_float32(
+    overflowing: str, store: Store, precision: str, dtype: torch.dtype
+) -> None:
+    generator = make(overflowing, SETTINGS, store, half(precision))
+    exact = make(overflowing, SETTINGS, store, half("float32"))
+    assert generator.unet.dtype == generator.network_dtype and generator.vae.dtype == dtype
+    raw, labels = store.raw(np.array([0])), torch.tensor([0])
+    z = generator.begin(raw, 3).requires_grad_()
+    images = generator.images(z, labels, [3])
+    with torch.no_grad():
+        expected = exact.images(z, labels, [3])
+    assert float((images - expected).abs().max()) < (0.05 if precision == "bfloat16" else 0.01)
+    gradient = torch.autograd.grad(images.sum(), z)[0]
+    assert torch.isfinite(gradient).all() and float(gradient.abs().max()) > 0
+    assert torch.isfinite(generator.realism(raw, labels)).all()
+
+
+def test_an_autoencoder_mended_for_float16_stays_in_it(
+    stable_diffusion: str, overflowing: str, store: Store, tmp_path: Path
+) -> None:
+    """And if it is not as it says, its images are not taken for images."""
+    for source, finite in ((stable_diffusion, True), (overflowing, False)):
+        folder = tmp_path / f"{finite}"
+        shutil.copytree(source, folder)
+        path = folder / "vae/config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"force_upcast": False}))
+        settings = replace(SETTINGS, guided=False, strength=1.0)
+        generator = make(str(folder), settings, store, half("float16"))
+        assert generator.vae.dtype == torch.float16
+        networks = [network(seed).float() for seed in range(3)]
+        judges = Judge(networks[:2], networks[2], store, settings)
+        if finite:
+            assert list(grokd.generate(generator, judges, store, [0], seed=3))
+            continue
+        with pytest.raises(Problem, match="float16 .*: use --precision bfloat16") as refusal:
+            list(grokd.generate(generator, judges, store, [0], seed=3))
+        assert "\n" not in str(refusal.value)
