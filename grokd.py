@@ -3965,12 +3965,14 @@ class Generator:
     ) -> None:
         self.settings, self.size, self.device = settings, size, runtime.device
         self.dtype, self.evaluations = runtime.dtype, 0
+        self.micro_batch = 0  # samples that pass through a network at once; 0: all
         half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         self.network_dtype = half.get(runtime.precision, runtime.dtype)
         pipeline = load_pipeline(source)
         self.unet = self._frozen(pipeline.unet, self.network_dtype)
         self.side = int(self.unet.config.sample_size)
-        self.vae, self.scale, self.text = None, 1.0, None
+        self.vae: Any = None
+        self.scale, self.text = 1.0, None
         if hasattr(pipeline, "vae"):
             self._add_text_and_latents(pipeline, class_names)
         self._set_schedule(pipeline.scheduler)
@@ -4052,8 +4054,8 @@ class Generator:
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(self.first)
 
-    def denoise(self, x: Tensor, t: Any, labels: Tensor) -> Tensor:
-        """The network's prediction at timestep t (or one per sample), for classes [b]."""
+    def denoise(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The network's prediction at timesteps t [b] for classes [b]."""
         x, more = x.to(self.unet.dtype), {}
         if self.text is not None:
             more["encoder_hidden_states"] = self.text[labels]
@@ -4074,8 +4076,27 @@ class Generator:
         if self.vae is None:
             return x
         with torch.no_grad():
-            encoded = self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode()
-        return self.scale * encoded.to(x.dtype)
+            return self.by_slices(self.encode, x)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents of images in -1..1, by the autoencoder."""
+        encoded = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode()
+        return self.scale * encoded.to(images.dtype)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images in -1..1 of latents, by the autoencoder."""
+        return self.vae.decode((z / self.scale).to(self.vae.dtype)).sample.to(self.dtype)
+
+    def by_slices(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """function(*tensors), some samples at a time. For the gradient each slice is computed anew,
+        so memory holds the activations of one slice in one network."""
+        from torch.utils.checkpoint import checkpoint
+
+        parts = [
+            checkpoint(function, *(tensor[part] for tensor in tensors), use_reentrant=False)
+            for part in slices(len(tensors[0]), self.micro_batch)
+        ]
+        return torch.cat(parts)
 
     def begin(self, raw: np.ndarray, *key: int) -> Tensor:
         """The latent to start from, [1, ...], of one stored image [1, 3, S, S]."""
@@ -4087,21 +4108,18 @@ class Generator:
         return self.scheduler.add_noise(clean, noise, self.scheduler.timesteps[self.first][None])
 
     def images(self, z: Tensor, labels: Tensor, keys: Sequence[int]) -> Tensor:
-        """Images [b, 3, S, S] in 0..1 of latents [b, ...] and classes [b]; each step is
-        checkpointed, so memory does not grow with their number."""
-        from torch.utils.checkpoint import checkpoint
-
+        """Images [b, 3, S, S] in 0..1 of latents [b, ...] and classes [b]."""
         self.restart()
         more = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             more["generator"] = [torch.Generator(self.device).manual_seed(key) for key in keys]
         for t in self.scheduler.timesteps[self.first :]:
             scaled = self.scheduler.scale_model_input(z, t)
-            prediction = checkpoint(self.denoise, scaled, t, labels, use_reentrant=False)
+            prediction = self.by_slices(self.denoise, scaled, t.expand(len(z)), labels)
             z = self.scheduler.step(prediction, t, z, **more).prev_sample
         self.evaluations += len(labels) * self.settings.steps
         if self.vae is not None:
-            z = self.vae.decode((z / self.scale).to(self.vae.dtype)).sample.to(self.dtype)
+            z = self.by_slices(self.decode, z)
         images = (z / 2 + 0.5).clamp(0, 1)
         if self.side != self.size:
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
@@ -4130,10 +4148,16 @@ class Generator:
                 target = clean
             with torch.no_grad():
                 noisy = self.noising.add_noise(clean, noise, t)
-                prediction = self.denoise(noisy, t.expand(len(clean)), labels)
+                prediction = self.by_slices(self.denoise, noisy, t.expand(len(clean)), labels)
             losses.append((prediction - target).square().flatten(1).mean(1))
         self.evaluations += len(labels) * len(self.LEVELS)
         return torch.stack(losses).mean(0)
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """Parts of 0..count-1, of `size` each but for the last; 0: one part."""
+    size = size or max(1, count)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def import_diffusers() -> Any:
@@ -4214,6 +4238,7 @@ class Judge:
     ) -> None:
         self.teachers, self.student, self.settings = teachers, student, settings
         self.threshold, self.crop = math.inf, store.data.crop
+        self.micro_batch = 0  # samples whose gradient is taken at once; 0: all
 
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Teachers' [M, b, C] and student's [b, C] logits of images [b, 3, S, S] in 0..1."""
@@ -4243,6 +4268,16 @@ class Judge:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """dJ/dimages, and each sample's terms and their gradients' norms; cutouts and noise are
         functions of key and iteration."""
+        parts = [
+            self._gradient(images[part], labels[part], keys[part], iterations[part])
+            for part in slices(len(images), self.micro_batch)
+        ]
+        figures = {name: torch.cat([of_part[name] for _, of_part in parts]) for name in parts[0][1]}
+        return torch.cat([gradient for gradient, _ in parts]), figures
+
+    def _gradient(
+        self, images: Tensor, labels: Tensor, keys: Sequence[int], iterations: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         shown = images.detach().to(self.student.head.weight.dtype).requires_grad_()
         views = [shown]
         for cut in range(self.settings.cutouts):

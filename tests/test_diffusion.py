@@ -367,6 +367,63 @@ def test_an_autoencoder_mended_for_float16_stays_in_it(
         if finite:
             assert list(grokd.generate(generator, judges, store, [0], seed=3))
             continue
-        with pytest.raises(Problem, match="float16 .*: use --precision bfloat16") as refusal:
+        with pytest.raises(Problem, match=r"float16 .*: use --precision bfloat16") as refusal:
             list(grokd.generate(generator, judges, store, [0], seed=3))
         assert "\n" not in str(refusal.value)
+
+
+# Memory
+
+
+def batches_of(module: Any, gradients: bool = False) -> list[int]:
+    """Sizes of the batches that pass through it from now on, or of those with gradients."""
+    seen: list[int] = []
+
+    def note(module: Any, inputs: Any) -> None:
+        if torch.is_grad_enabled() or not gradients:
+            seen.append(len(inputs[0]))
+
+    module.register_forward_pre_hook(note)
+    return seen
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_decoder_and_network_are_computed_anew_slice_by_slice(
+    stable_diffusion: str, store: Store, runtime: Runtime, guidance_scale: float
+) -> None:
+    settings = replace(SETTINGS, guidance_scale=guidance_scale)
+    generator = make(stable_diffusion, settings, store, runtime)
+    raw, labels, keys = store.raw(np.arange(5)), torch.tensor([0, 1, 0, 1, 1]), list(range(5))
+    found = []
+    for size in (0, 1, 2):
+        generator.micro_batch = size
+        z = torch.cat([generator.begin(raw[i : i + 1], i) for i in range(5)]).requires_grad_()
+        network, decoder = batches_of(generator.unet), batches_of(generator.vae.decoder)
+        images = generator.images(z, labels, keys)
+        gradient = torch.autograd.grad(images.square().sum(), z)[0]
+        found.append((images.detach(), gradient, generator.realism(raw, labels)))
+        once = {0: [5], 1: [1] * 5, 2: [2, 2, 1]}[size]
+        assert decoder == once + once[::-1]  # and again, backwards, for the gradient
+        assert max(network) == max(once)
+    for other in found[1:]:
+        for value, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("more", [{}, {"cutouts": 2, "noise": 0.1}])
+def test_result_does_not_depend_on_the_slice(
+    stable_diffusion: str, store: Store, runtime: Runtime, more: dict[str, Any]
+) -> None:
+    settings = replace(SETTINGS, in_flight=4, **more)
+    made = []
+    for size in (1, 3, 4):
+        generator, judges = make(stable_diffusion, settings, store, runtime), judge(store, settings)
+        generator.micro_batch = judges.micro_batch = size
+        seen = batches_of(judges.student.trunk, gradients=True)
+        found = grokd.generate(generator, judges, store, [0, 3, 5, 9, 12], seed=3)
+        made.append({r["source"]: r for r in found})
+        assert max(seen) == size
+    for other in made[1:]:
+        for source, record in made[0].items():
+            assert np.array_equal(record["image"], other[source]["image"])
+            assert record["score"] == pytest.approx(other[source]["score"], abs=1e-9)
