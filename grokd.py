@@ -574,8 +574,10 @@ class Augment:
     share: Annotated[Share, When(sources=Not("all"))] = 0.5
     count: Annotated[Natural, When(like="")] = 0  # How many are taken; 0: the share.
     balanced: Annotated[bool, When(like="")] = False  # As many of each class.
-    # Images optimised together; fewer if memory runs out.
-    in_flight: Annotated[Count, Mark.INERT] = 64
+    in_flight: Annotated[Count, Mark.INERT] = 64  # Images optimised together.
+    # Of these, how many pass through the networks at once; fewer if memory runs out. 0: as many as
+    # it holds by an estimate, which is printed.
+    micro_batch: Annotated[Natural, Mark.INERT] = 0
 
 
 @dataclass(frozen=True)
@@ -4054,6 +4056,24 @@ class Generator:
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(self.first)
 
+    def sample_bytes(self) -> dict[str, int]:
+        """What one sample's gradient needs in the UNet, and in the decoder. They come in turns."""
+        config, empty = self.unet.config, functools.partial(torch.empty, device="meta")
+        shape = (1, config.in_channels, config.sample_size, config.sample_size)
+        x = empty(shape, dtype=self.unet.dtype, requires_grad=True)
+        more: dict[str, Tensor] = {}
+        if self.text is not None:
+            more["encoder_hidden_states"] = self.text[:1].to("meta")
+        elif config.num_class_embeds:
+            more["class_labels"] = empty(1, dtype=torch.int64)
+        passes = 2 if self.text is not None and self.settings.guidance_scale > 1 else 1
+        unet = gradient_bytes(self.unet, x, empty(1, dtype=torch.int64), **more)
+        parts = {"UNet": passes * unet}
+        if self.vae is not None:
+            z = empty(shape, dtype=self.vae.dtype, requires_grad=True)
+            parts["decoder"] = gradient_bytes(self.vae.decoder, z)
+        return parts
+
     def denoise(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The network's prediction at timesteps t [b] for classes [b]."""
         x, more = x.to(self.unet.dtype), {}
@@ -4152,6 +4172,78 @@ class Generator:
             losses.append((prediction - target).square().flatten(1).mean(1))
         self.evaluations += len(labels) * len(self.LEVELS)
         return torch.stack(losses).mean(0)
+
+
+class FusedAttention(torch.autograd.Function):
+    """Attention's shapes, and what its fused kernels keep: not the weights of all pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+
+class FuseAttention(torch.overrides.TorchFunctionMode):
+    """Within it, attention is FusedAttention."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return FusedAttention.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+# Backward's own tensors, as a share of what forward keeps for it.
+BACKWARD = 0.1
+
+
+def gradient_bytes(network: nn.Module, x: Tensor, *more: Any, **named: Any) -> int:
+    """Memory that the gradient of network(x, ...) by x needs, an estimate from shapes alone: x and
+    the others are meta tensors, and nothing is computed."""
+    state = itertools.chain(network.named_parameters(), network.named_buffers())
+    shapes = {name: tensor.detach().to("meta") for name, tensor in state}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FuseAttention():
+        torch.func.functional_call(network, shapes, (x, *more), named)
+    for tensor in shapes.values():
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    return round((1 + BACKWARD) * sum(storage.nbytes() for storage in kept.values()))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that tensors can still take: a GPU's, else all of the machine's."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def fit_memory(generator: Generator, judge: Judge) -> None:
+    """Choose how many samples pass through generator and judge at once, and say what they need."""
+    settings, parts, networks = judge.settings, generator.sample_bytes(), 0
+    for model in (*judge.teachers, judge.student):
+        side = model.input.input_size or judge.crop
+        image = torch.empty((1, 3, side, side), dtype=model.head.weight.dtype, device="meta")
+        networks += gradient_bytes(model.trunk, image.requires_grad_())
+    parts["teachers and student"] = (1 + settings.cutouts) * networks
+    need, free = max(parts.values()), free_bytes(generator.device)
+    fits = max(1, int(0.8 * free / need))  # the rest: latents, images, what the allocator loses
+    size = min(settings.micro_batch or fits, settings.in_flight)
+    generator.micro_batch = judge.micro_batch = size
+    listed = ", ".join(f"{name} {count / 2**30:.2f}" for name, count in parts.items())
+    say(
+        f"memory: {need / 2**30:.2f} GiB for the gradient of an image ({listed}), {size} of "
+        f"{settings.in_flight} in flight at a time: {size * need / 2**30:.1f} of "
+        f"{free / 2**30:.1f} GiB"
+    )
 
 
 def slices(count: int, size: int) -> list[slice]:
@@ -4611,6 +4703,7 @@ def make_set(
     judge = appoint_judge(settings, seed, ctx, runtime)
     source = settings.generator or str(train_generator(ctx, runtime))
     generator = Generator(source, settings, store.class_names, store.data.size, runtime)
+    fit_memory(generator, judge)
     if settings.realism < 1:
         judge.threshold = calibrate(generator, store, settings.realism)
     sources = sources_of(settings, seed, judge, ctx, runtime)

@@ -372,7 +372,8 @@ def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
 ) -> None:
     folder = write_images(tmp_path)
     (folder / "tiny.py").write_text((folder / "tiny.py").read_text() + SETS)
-    grokd_process("run", "tiny.py", cwd=folder)
+    run = grokd_process("run", "tiny.py", cwd=folder).stdout
+    assert run.index("memory: ") < run.index("augmented/config/seed0/done: ")
     made = folder / "runs/tiny/augmented/config/seed0"
     with open(made / "metadata.csv", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import torch
 from conftest import save_stable_diffusion, write_images
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import grokd
 from grokd import Augment, Classifier, Data, Generator, Input, Judge, Problem, Runtime, Store
@@ -427,3 +430,119 @@ def test_result_does_not_depend_on_the_slice(
         for source, record in made[0].items():
             assert np.array_equal(record["image"], other[source]["image"])
             assert record["score"] == pytest.approx(other[source]["score"], abs=1e-9)
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes of tensors alive at once, other than the network's own."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.weights = [parameter.untyped_storage() for parameter in network.parameters()]
+        self.alive = {storage._cdata for storage in self.weights}
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
+                           kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(results)[0]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive.add(storage._cdata)
+                    self.bytes += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return results
+
+    def free(self, address: int, size: int) -> None:
+        self.alive.discard(address)
+        self.bytes -= size
+
+
+def decoder_of(*widths: int) -> Any:
+    from diffusers import AutoencoderKL
+
+    vae: Any = AutoencoderKL(
+        block_out_channels=widths, layers_per_block=2, norm_num_groups=min(32, widths[0] // 2),
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths))
+    return vae.decoder
+
+
+def unet_of(*widths: int, **more: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(block_out_channels=widths, norm_num_groups=8, **more)
+
+
+@pytest.mark.parametrize("network, shape, more", [
+    (lambda: decoder_of(16, 32, 64, 64), (1, 4, 16, 16), {}),
+    (lambda: unet_of(32, 64, 128, 128, sample_size=32, cross_attention_dim=64),
+     (1, 4, 32, 32), {"encoder_hidden_states": (1, 77, 64)}),
+    (lambda: grokd.build_model("resnet18", "random", 2, Input(), 0).trunk, (1, 3, 64, 64), {}),
+])
+def test_estimated_memory_is_the_peak_of_a_gradient(
+    network: Any, shape: tuple[int, ...], more: dict[str, tuple[int, ...]]
+) -> None:
+    model = network().eval().requires_grad_(False)
+
+    def inputs(device: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+        named = {name: torch.rand(size, device=device) for name, size in more.items()}
+        steps = [torch.zeros(1, dtype=torch.int64, device=device)] if more else []
+        return [torch.rand(shape, device=device).requires_grad_(), *steps], named
+
+    positional, named = inputs("cpu")
+    with PeakMemory(model) as memory:
+        output = model(*positional, **named)
+        torch.autograd.grad(getattr(output, "sample", output).sum(), positional[0])
+    positional, named = inputs("meta")
+    estimate = grokd.gradient_bytes(model, *positional, **named)
+    assert estimate == pytest.approx(memory.peak, rel=0.15)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype, gibibytes", [(torch.bfloat16, 2.85), (torch.float32, 5.6)])
+def test_decoder_of_stable_diffusion_needs_what_was_measured(
+    dtype: torch.dtype, gibibytes: float
+) -> None:
+    """At 512 pixels, saved bytes counted on a real run; here in a second, without its weights."""
+    with torch.device("meta"):
+        decoder = decoder_of(128, 256, 512, 512).to(dtype).eval().requires_grad_(False)
+    z = torch.empty((1, 4, 64, 64), dtype=dtype, device="meta", requires_grad=True)
+    assert grokd.gradient_bytes(decoder, z) / 2**30 == pytest.approx(gibibytes, rel=0.15)
+
+
+def test_slices_are_those_that_memory_holds_and_said_before_anything_is_computed(
+    stable_diffusion: str, store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(SETTINGS, in_flight=7, cutouts=1)
+    generator, judges = make(stable_diffusion, settings, store, runtime), judge(store, settings)
+    networks = [generator.unet, generator.vae.decoder, judges.student.trunk]
+    passed = [batches_of(network) for network in networks]
+    parts = generator.sample_bytes()
+    assert parts.keys() == {"UNet", "decoder"} and min(parts.values()) > 1000
+    image = torch.empty((1, 3, 12, 12), device="meta", dtype=torch.float64, requires_grad=True)
+    views = 2 * 3 * grokd.gradient_bytes(judges.student.trunk, image)  # cutout; three networks
+    need = max(*parts.values(), views)
+    for free, size in ((1e12, 7), (5.1 * need, 4), (1, 1)):
+        monkeypatch.setattr(grokd, "free_bytes", lambda device, free=free: free)
+        grokd.fit_memory(generator, judges)
+        assert (generator.micro_batch, judges.micro_batch) == (size, size)
+        assert f", {size} of 7 in flight at a time: " in capsys.readouterr().out
+    judges.settings = replace(settings, micro_batch=3)
+    grokd.fit_memory(generator, judges)
+    assert generator.micro_batch == 3
+    guided = replace(settings, guidance_scale=4.0)
+    twice = make(stable_diffusion, guided, store, runtime).sample_bytes()
+    assert twice["UNet"] == pytest.approx(2 * parts["UNet"], rel=0.01)
+    assert [len(seen) for seen in passed] == [1 + 4, 1 + 4, 1 + 4]  # meta tensors alone
+    assert not any(p.is_meta for network in networks for p in network.parameters())
+
+
+def test_all_samples_pass_at_once_where_memory_holds_them(
+    pixels: str, store: Store, runtime: Runtime
+) -> None:
+    generator, judges = make(pixels, SETTINGS, store, runtime), judge(store, SETTINGS)
+    grokd.fit_memory(generator, judges)
+    assert generator.micro_batch == judges.micro_batch == SETTINGS.in_flight
