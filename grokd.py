@@ -4002,15 +4002,16 @@ class Generator:
         """The timesteps of a sample, and the scheduler that puts noise on images."""
         diffusers = import_diffusers()
         wanted = self.settings.scheduler or type(scheduler).__name__
-        if not hasattr(diffusers, wanted):
-            raise Problem(f"diffusers has no scheduler {wanted!r}.")
+        kind: Any = getattr(diffusers, wanted, object)
+        if not (issubclass(kind, diffusers.SchedulerMixin) and hasattr(kind, "add_noise")):
+            raise Problem(f"diffusers has no scheduler {wanted!r} for images.")
         # DDIM and DDPM clip to pixels' -1..1 unless the configuration says otherwise, and that of
         # another scheduler need not. Latents lie beyond.
         clipping: dict[str, bool] = {}
         if self.vae is not None:
             clipping = {"clip_sample": False, "thresholding": False}
         if clipping or wanted != type(scheduler).__name__:
-            scheduler = getattr(diffusers, wanted).from_config(scheduler.config, **clipping)
+            scheduler = kind.from_config(scheduler.config, **clipping)
         self.scheduler = scheduler
         self.noising = diffusers.DDPMScheduler.from_config(scheduler.config)
         steps, strength = self.settings.steps, self.settings.strength

@@ -100,7 +100,7 @@ def test_gradient_matches_finite_differences_and_models_do_not_change(
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).double()
     with torch.no_grad():
         slope = (value(z + 1e-6 * direction) - value(z - 1e-6 * direction)) / 2e-6
-    if scheduler in ("DDIMScheduler", "DDPMScheduler"):  # the others compute in float32
+    if scheduler in ("DDIMScheduler", "DDPMScheduler"):  # the others round to float32
         torch.testing.assert_close((ours * direction).sum(), slope, rtol=1e-4, atol=1e-8)
     for model, states in zip(models, before, strict=True):
         assert all(p.grad is None for p in model.parameters())

@@ -546,3 +546,72 @@ def test_all_samples_pass_at_once_where_memory_holds_them(
     generator, judges = make(pixels, SETTINGS, store, runtime), judge(store, SETTINGS)
     grokd.fit_memory(generator, judges)
     assert generator.micro_batch == judges.micro_batch == SETTINGS.in_flight
+
+
+# Gradients by the schedulers
+
+# These cast the sample to float32 in every step, whatever it was; the others keep its precision.
+SINGLE = {"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+          "DPMSolverMultistepScheduler"}
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("scheduler", DETERMINISTIC + RANDOM)
+def test_gradient_of_every_scheduler_matches_finite_differences(
+    pixels: str, store: Store, runtime: Runtime, scheduler: str, strength: float
+) -> None:
+    settings = replace(SETTINGS, scheduler=scheduler, strength=strength, steps=3)
+    generator, labels = make(pixels, settings, store, runtime), torch.tensor([0])
+    z = generator.begin(store.raw(np.array([0])), 5).requires_grad_()
+    random = torch.Generator().manual_seed(1)
+    upward = torch.randn((1, 3, 16, 16), generator=random).double()
+    direction = torch.randn(z.shape, generator=random).double()
+
+    def value(z: Tensor) -> Tensor:
+        return (generator.images(z, labels, [5]) * upward).sum()
+
+    gradient = torch.autograd.grad(value(z), z)[0]
+    assert gradient.dtype == torch.float64
+    expected = float((gradient * direction).sum())
+    assert abs(expected) > 0.1
+
+    @torch.no_grad()
+    def slope(step: float) -> float:
+        return float(value(z + step * direction) - value(z - step * direction)) / (2 * step)
+
+    if scheduler in SINGLE:
+        assert slope(5e-4) == pytest.approx(expected, rel=5e-3)
+        assert slope(1e-6) != pytest.approx(expected, rel=1e-5)  # lost in rounding
+    else:
+        assert slope(1e-6) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name, scheduler", [
+    ("sd15", "DDIMScheduler"), ("sd15", "UniPCMultistepScheduler"),
+    ("sd21", "DPMSolverMultistepScheduler"), ("sd21", ""), ("turbo", ""),
+    ("turbo", "LCMScheduler"),
+])
+def test_gradients_in_half_precision_point_where_those_of_float32_do(
+    released: dict[str, str], store: Store, name: str, scheduler: str, precision: str
+) -> None:
+    settings = replace(SETTINGS, scheduler=scheduler, steps=3, strength=0.5, guidance_scale=2.0)
+    gradients, images = [], []
+    for kind in ("float32", precision):
+        generator = make(released[name], settings, store, half(kind))
+        z = generator.begin(store.raw(np.array([0])), 5).requires_grad_()
+        images.append(generator.images(z, torch.tensor([1]), [5]))
+        upward = torch.randn((1, 3, 16, 16), generator=torch.Generator().manual_seed(1)) * 1e-7
+        gradients.append(grokd.latent_gradient(images[-1], z, upward).flatten())
+        assert gradients[-1].dtype == torch.float32
+    assert float((images[0] - images[1]).abs().max()) < 0.05
+    assert float(torch.cosine_similarity(gradients[0], gradients[1], dim=0)) > 0.98
+    assert 0.9 < float(gradients[1].norm() / gradients[0].norm()) < 1.1
+
+
+@pytest.mark.parametrize("scheduler", ["UNet2DModel", "IPNDMScheduler", "DPMSolverSDEScheduler"])
+def test_what_is_no_scheduler_of_images_is_refused(
+    pixels: str, store: Store, runtime: Runtime, scheduler: str
+) -> None:
+    with pytest.raises(Problem, match=f"no scheduler '{scheduler}'"):
+        make(pixels, replace(SETTINGS, scheduler=scheduler), store, runtime)
