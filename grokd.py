@@ -4114,7 +4114,10 @@ class Generator:
         from torch.utils.checkpoint import checkpoint
 
         parts = [
-            checkpoint(function, *(tensor[part] for tensor in tensors), use_reentrant=False)
+            checkpoint(
+                function, *(tensor[part] for tensor in tensors), use_reentrant=False,
+                preserve_rng_state=False,  # nothing is random in them; reading it waits for a GPU
+            )
             for part in slices(len(tensors[0]), self.micro_batch)
         ]
         return torch.cat(parts)

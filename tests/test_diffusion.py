@@ -615,3 +615,11 @@ def test_what_is_no_scheduler_of_images_is_refused(
 ) -> None:
     with pytest.raises(Problem, match=f"no scheduler '{scheduler}'"):
         make(pixels, replace(SETTINGS, scheduler=scheduler), store, runtime)
+
+
+def test_free_memory_counts_what_torch_holds_in_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    for name, value in (("memory_reserved", 7), ("memory_allocated", 3), ("mem_get_info", (5, 9))):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert grokd.free_bytes(gpu) == 5 + 7 - 3
+    assert 2**28 < grokd.free_bytes(torch.device("cpu")) < 2**50
