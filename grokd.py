@@ -3984,9 +3984,11 @@ class Generator:
 
     def _add_text_and_latents(self, pipeline: Any, class_names: Sequence[str]) -> None:
         """Stable Diffusion's autoencoder, and what its text encoder says of each class."""
-        # Activations of Stable Diffusion's pass float16's 65504, but for versions that say so.
-        overflows = self.network_dtype == torch.float16 and pipeline.vae.config.force_upcast
-        self.vae = self._frozen(pipeline.vae, torch.float32 if overflows else self.network_dtype)
+        # Its activations pass float16's 65504, but for versions that say otherwise.
+        overflows = pipeline.vae.config.get("force_upcast", True)
+        keep_in_single = overflows and self.network_dtype == torch.float16
+        dtype = torch.float32 if keep_in_single else self.network_dtype
+        self.vae = self._frozen(pipeline.vae, dtype)
         self.scale = pipeline.vae.config.scaling_factor
         self.side *= 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         prompts = [self.settings.prompt.format(name) for name in class_names]
@@ -4002,8 +4004,9 @@ class Generator:
         """The timesteps of a sample, and the scheduler that puts noise on images."""
         diffusers = import_diffusers()
         wanted = self.settings.scheduler or type(scheduler).__name__
-        kind: Any = getattr(diffusers, wanted, object)
-        if not (issubclass(kind, diffusers.SchedulerMixin) and hasattr(kind, "add_noise")):
+        kind: Any = getattr(diffusers, wanted, None)
+        is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+        if not (is_scheduler and hasattr(kind, "add_noise")):
             raise Problem(f"diffusers has no scheduler {wanted!r} for images.")
         # DDIM and DDPM clip to pixels' -1..1 unless the configuration says otherwise, and that of
         # another scheduler need not. Latents lie beyond.

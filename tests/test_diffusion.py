@@ -609,7 +609,8 @@ def test_gradients_in_half_precision_point_where_those_of_float32_do(
     assert 0.9 < float(gradients[1].norm() / gradients[0].norm()) < 1.1
 
 
-@pytest.mark.parametrize("scheduler", ["UNet2DModel", "IPNDMScheduler", "DPMSolverSDEScheduler"])
+@pytest.mark.parametrize("scheduler", ["utils", "UNet2DModel", "IPNDMScheduler",
+                                       "DPMSolverSDEScheduler"])
 def test_what_is_no_scheduler_of_images_is_refused(
     pixels: str, store: Store, runtime: Runtime, scheduler: str
 ) -> None:
