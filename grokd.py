@@ -557,7 +557,8 @@ class Augment:
     # Noise put on the source image; 1: start from noise alone. Little keeps layout and colours.
     strength: Annotated[float, Range(0.01, 1)] = 0.67
     prompt: str = "a photo of a {}"  # Stable Diffusion: text for a class.
-    guidance_scale: NotNegative = 1.0  # Stable Diffusion: classifier-free guidance; 1: none.
+    # Stable Diffusion: classifier-free guidance; 1 or less: none, as diffusers has it.
+    guidance_scale: NotNegative = 1.0
     # What is maximised over latents, of teachers' t_y and student's f_y: t^exponent +
     # (1 - f)^exponent, log t + log(1 - f), or the sum of logit margins.
     objective: Annotated[Literal["power", "log", "margin"], GUIDED] = "power"
@@ -587,8 +588,10 @@ class Augment:
     share: Annotated[Share, When(sources=Not("all"))] = 0.5
     count: Annotated[Natural, When(like="")] = 0  # How many are taken; 0: the share.
     balanced: Annotated[bool, When(like="")] = False  # As many of each class.
-    # Images optimised together; fewer if memory runs out.
-    in_flight: Annotated[Count, Mark.INERT] = 64
+    in_flight: Annotated[Count, Mark.INERT] = 64  # Images optimised together.
+    # Of these, how many pass through the networks at once; fewer if memory runs out. 0: as many as
+    # it holds by an estimate, which is printed.
+    micro_batch: Annotated[Natural, Mark.INERT] = 0
 
 
 @dataclass(frozen=True)
@@ -4141,23 +4144,28 @@ class Generator:
     ) -> None:
         self.settings, self.size, self.device = settings, size, runtime.device
         self.dtype, self.evaluations = runtime.dtype, 0
+        self.micro_batch = 0  # samples that pass through a network at once; 0: all
         half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         self.network_dtype = half.get(runtime.precision, runtime.dtype)
         pipeline = load_pipeline(source)
-        self.unet = self._frozen(pipeline.unet)
+        self.unet = self._frozen(pipeline.unet, self.network_dtype)
         self.side = int(self.unet.config.sample_size)
-        self.vae, self.scale, self.text = None, 1.0, None
+        self.vae: Any = None
+        self.scale, self.text = 1.0, None
         if hasattr(pipeline, "vae"):
             self._add_text_and_latents(pipeline, class_names)
         self._set_schedule(pipeline.scheduler)
 
-    def _frozen(self, network: nn.Module) -> Any:
-        """A network in the generator's own precision."""
-        return network.to(self.device, self.network_dtype).eval().requires_grad_(False)
+    def _frozen(self, network: nn.Module, dtype: torch.dtype) -> Any:
+        return network.to(self.device, dtype).eval().requires_grad_(False)
 
     def _add_text_and_latents(self, pipeline: Any, class_names: Sequence[str]) -> None:
         """Stable Diffusion's autoencoder, and what its text encoder says of each class."""
-        self.vae = self._frozen(pipeline.vae)
+        # Its activations pass float16's 65504, but for versions that say otherwise.
+        overflows = pipeline.vae.config.get("force_upcast", True)
+        keep_in_single = overflows and self.network_dtype == torch.float16
+        dtype = torch.float32 if keep_in_single else self.network_dtype
+        self.vae = self._frozen(pipeline.vae, dtype)
         self.scale = pipeline.vae.config.scaling_factor
         self.side *= 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         prompts = [self.settings.prompt.format(name) for name in class_names]
@@ -4166,17 +4174,24 @@ class Generator:
             prompts, padding="max_length", truncation=True,
             max_length=pipeline.tokenizer.model_max_length, return_tensors="pt",
         )
-        encoder = self._frozen(pipeline.text_encoder)
+        encoder = self._frozen(pipeline.text_encoder, self.network_dtype)
         self.text = encoder(tokens.input_ids.to(self.device))[0]
 
     def _set_schedule(self, scheduler: Any) -> None:
         """The timesteps of a sample, and the scheduler that puts noise on images."""
         diffusers = import_diffusers()
-        wanted = self.settings.scheduler
-        if wanted and wanted != type(scheduler).__name__:
-            if not hasattr(diffusers, wanted):
-                raise Problem(f"diffusers has no scheduler {wanted!r}.")
-            scheduler = getattr(diffusers, wanted).from_config(scheduler.config)
+        wanted = self.settings.scheduler or type(scheduler).__name__
+        kind: Any = getattr(diffusers, wanted, None)
+        is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+        if not (is_scheduler and hasattr(kind, "add_noise")):
+            raise Problem(f"diffusers has no scheduler {wanted!r} for images.")
+        # DDIM and DDPM clip to pixels' -1..1 unless the configuration says otherwise, and that of
+        # another scheduler need not. Latents lie beyond.
+        clipping: dict[str, bool] = {}
+        if self.vae is not None:
+            clipping = {"clip_sample": False, "thresholding": False}
+        if clipping or wanted != type(scheduler).__name__:
+            scheduler = kind.from_config(scheduler.config, **clipping)
         self.scheduler = scheduler
         self.noising = diffusers.DDPMScheduler.from_config(scheduler.config)
         steps, strength = self.settings.steps, self.settings.strength
@@ -4187,17 +4202,68 @@ class Generator:
                 f"{steps} steps at strength {strength} are more than the generator's "
                 f"{len(self.noising.timesteps)} timesteps."
             )
-        self.scheduler.set_timesteps(self.total, device=self.device)
+        self._check_schedule()
 
-    def denoise(self, x: Tensor, t: Any, labels: Tensor) -> Tensor:
-        """The network's prediction at timestep t (or one per sample), for classes [b]."""
+    def _check_schedule(self) -> None:
+        """Can a sample start in the middle of the scheduler's steps, and do they exist?"""
+        name, last = type(self.scheduler).__name__, len(self.noising.timesteps) - 1
+        try:
+            self.restart()
+        except ValueError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise Problem(
+                f"{name} refuses {self.total} steps ({reason}): choose fewer steps, more strength, "
+                "or another scheduler."
+            ) from error
+        lowest, highest = (float(t) for t in self.scheduler.timesteps.aminmax())
+        if lowest < 0 or highest > last:
+            end = f"down to {lowest:.0f}" if lowest < 0 else f"up to {highest:.0f}"
+            raise Problem(
+                f"{self.settings.steps} steps at strength {self.settings.strength} are "
+                f"{self.total} in all, which {name} places on timesteps {end}, outside the "
+                f"generator's 0 to {last}: choose steps or strength a little different."
+            )
+        if len(self.scheduler.timesteps) != self.total or getattr(self.scheduler, "order", 1) > 1:
+            raise Problem(
+                f"{name} asks the network more than once in some steps, so a sample cannot start "
+                "between them: choose DDIMScheduler, EulerDiscreteScheduler or "
+                "DPMSolverMultistepScheduler."
+            )
+
+    def restart(self) -> None:
+        """Bring the scheduler to the first step of a sample. Many count the steps they have taken,
+        and put that step's noise on images too."""
+        self.scheduler.set_timesteps(self.total, device=self.device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(self.first)
+
+    def sample_bytes(self) -> dict[str, int]:
+        """What one sample's gradient needs in the UNet, and in the decoder. They come in turns."""
+        config, empty = self.unet.config, functools.partial(torch.empty, device="meta")
+        shape = (1, config.in_channels, config.sample_size, config.sample_size)
+        x = empty(shape, dtype=self.unet.dtype, requires_grad=True)
+        more: dict[str, Tensor] = {}
+        if self.text is not None:
+            more["encoder_hidden_states"] = self.text[:1].to("meta")
+        elif config.num_class_embeds:
+            more["class_labels"] = empty(1, dtype=torch.int64)
+        passes = 2 if self.text is not None and self.settings.guidance_scale > 1 else 1
+        unet = gradient_bytes(self.unet, x, empty(1, dtype=torch.int64), **more)
+        parts = {"UNet": passes * unet}
+        if self.vae is not None:
+            z = empty(shape, dtype=self.vae.dtype, requires_grad=True)
+            parts["decoder"] = gradient_bytes(self.vae.decoder, z)
+        return parts
+
+    def denoise(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """The network's prediction at timesteps t [b] for classes [b]."""
         x, more = x.to(self.unet.dtype), {}
         if self.text is not None:
             more["encoder_hidden_states"] = self.text[labels]
         elif self.unet.config.num_class_embeds:
             more["class_labels"] = labels
         prediction = self.unet(x, t, **more).sample
-        if self.text is not None and self.settings.guidance_scale != 1:
+        if self.text is not None and self.settings.guidance_scale > 1:
             more["encoder_hidden_states"] = self.text[torch.full_like(labels, -1)]
             plain = self.unet(x, t, **more).sample
             prediction = plain + self.settings.guidance_scale * (prediction - plain)
@@ -4211,8 +4277,30 @@ class Generator:
         if self.vae is None:
             return x
         with torch.no_grad():
-            encoded = self.vae.encode(x.to(self.vae.dtype)).latent_dist.mode()
-        return self.scale * encoded.to(x.dtype)
+            return self.by_slices(self.encode, x)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents of images in -1..1, by the autoencoder."""
+        encoded = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mode()
+        return self.scale * encoded.to(images.dtype)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images in -1..1 of latents, by the autoencoder."""
+        return self.vae.decode((z / self.scale).to(self.vae.dtype)).sample.to(self.dtype)
+
+    def by_slices(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """function(*tensors), some samples at a time. For the gradient each slice is computed anew,
+        so memory holds the activations of one slice in one network."""
+        from torch.utils.checkpoint import checkpoint
+
+        parts = [
+            checkpoint(
+                function, *(tensor[part] for tensor in tensors), use_reentrant=False,
+                preserve_rng_state=False,  # nothing is random in them; reading it waits for a GPU
+            )
+            for part in slices(len(tensors[0]), self.micro_batch)
+        ]
+        return torch.cat(parts)
 
     def begin(self, raw: np.ndarray, *key: int) -> Tensor:
         """The latent to start from, [1, ...], of one stored image [1, 3, S, S]."""
@@ -4220,30 +4308,35 @@ class Generator:
         noise = noise_like(clean.shape, self.dtype, *key).to(self.device)
         if self.settings.strength == 1:
             return noise * self.scheduler.init_noise_sigma
+        self.restart()
         return self.scheduler.add_noise(clean, noise, self.scheduler.timesteps[self.first][None])
 
     def images(self, z: Tensor, labels: Tensor, keys: Sequence[int]) -> Tensor:
-        """Images [b, 3, S, S] in 0..1 of latents [b, ...] and classes [b]; each step is
-        checkpointed, so memory does not grow with their number."""
-        from torch.utils.checkpoint import checkpoint
-
-        self.scheduler.set_timesteps(self.total, device=self.device)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(self.first)
+        """Images [b, 3, S, S] in 0..1 of latents [b, ...] and classes [b]."""
+        self.restart()
         more = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             more["generator"] = [torch.Generator(self.device).manual_seed(key) for key in keys]
         for t in self.scheduler.timesteps[self.first :]:
             scaled = self.scheduler.scale_model_input(z, t)
-            prediction = checkpoint(self.denoise, scaled, t, labels, use_reentrant=False)
+            prediction = self.by_slices(self.denoise, scaled, t.expand(len(z)), labels)
             z = self.scheduler.step(prediction, t, z, **more).prev_sample
         self.evaluations += len(labels) * self.settings.steps
         if self.vae is not None:
-            z = self.vae.decode((z / self.scale).to(self.vae.dtype)).sample.to(self.dtype)
+            z = self.by_slices(self.decode, z)
         images = (z / 2 + 0.5).clamp(0, 1)
         if self.side != self.size:
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         return images
+
+    def require_finite(self, values: Tensor, name: str) -> None:
+        """Raises Problem: what is no number must pass neither as an image nor as a step."""
+        if not torch.isfinite(values).all():
+            precision = str(self.network_dtype).removeprefix("torch.")
+            raise Problem(
+                f"The generator's {name} are not finite in {precision} networks: use --precision "
+                "bfloat16 or float32, or a smaller step_size."
+            )
 
     def realism(self, raw: np.ndarray, labels: Tensor) -> Tensor:
         """Mean denoising loss [b] of stored images over a few noise levels: lower is more real."""
@@ -4259,10 +4352,88 @@ class Generator:
                 target = clean
             with torch.no_grad():
                 noisy = self.noising.add_noise(clean, noise, t)
-                prediction = self.denoise(noisy, t.expand(len(clean)), labels)
+                prediction = self.by_slices(self.denoise, noisy, t.expand(len(clean)), labels)
             losses.append((prediction - target).square().flatten(1).mean(1))
         self.evaluations += len(labels) * len(self.LEVELS)
         return torch.stack(losses).mean(0)
+
+
+class FusedAttention(torch.autograd.Function):
+    """Attention's shapes, and what its fused kernels keep: not the weights of all pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, output)
+        return output
+
+
+class FuseAttention(torch.overrides.TorchFunctionMode):
+    """Within it, attention is FusedAttention."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return FusedAttention.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+# Backward's own tensors, as a share of what forward keeps for it.
+BACKWARD = 0.1
+
+
+def gradient_bytes(network: nn.Module, x: Tensor, *more: Any, **named: Any) -> int:
+    """Memory that the gradient of network(x, ...) by x needs, an estimate from shapes alone: x and
+    the others are meta tensors, and nothing is computed."""
+    state = itertools.chain(network.named_parameters(), network.named_buffers())
+    shapes = {name: tensor.detach().to("meta") for name, tensor in state}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FuseAttention():
+        torch.func.functional_call(network, shapes, (x, *more), named)
+    for tensor in shapes.values():
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    return round((1 + BACKWARD) * sum(storage.nbytes() for storage in kept.values()))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that tensors can still take: a GPU's, else all of the machine's."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def fit_memory(generator: Generator, judge: Judge) -> None:
+    """Choose how many samples pass through generator and judge at once, and say what they need."""
+    settings, parts, networks = judge.settings, generator.sample_bytes(), 0
+    for model in (*judge.teachers, judge.student):
+        side = model.input.input_size or judge.crop
+        image = torch.empty((1, 3, side, side), dtype=model.head.weight.dtype, device="meta")
+        networks += gradient_bytes(model.trunk, image.requires_grad_())
+    parts["teachers and student"] = (1 + settings.cutouts) * networks
+    need, free = max(parts.values()), free_bytes(generator.device)
+    fits = max(1, int(0.8 * free / need))  # the rest: latents, images, what the allocator loses
+    size = min(settings.micro_batch or fits, settings.in_flight)
+    generator.micro_batch = judge.micro_batch = size
+    listed = ", ".join(f"{name} {count / 2**30:.2f}" for name, count in parts.items())
+    say(
+        f"memory: {need / 2**30:.2f} GiB for the gradient of an image ({listed}), {size} of "
+        f"{settings.in_flight} in flight at a time: {size * need / 2**30:.1f} of "
+        f"{free / 2**30:.1f} GiB"
+    )
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """Parts of 0..count-1, of `size` each but for the last; 0: one part."""
+    size = size or max(1, count)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def import_diffusers() -> Any:
@@ -4343,6 +4514,7 @@ class Judge:
     ) -> None:
         self.teachers, self.student, self.settings = teachers, student, settings
         self.threshold, self.crop = math.inf, store.data.crop
+        self.micro_batch = 0  # samples whose gradient is taken at once; 0: all
 
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Teachers' [M, b, C] and student's [b, C] logits of images [b, 3, S, S] in 0..1."""
@@ -4372,6 +4544,16 @@ class Judge:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """dJ/dimages, and each sample's terms and their gradients' norms; cutouts and noise are
         functions of key and iteration."""
+        parts = [
+            self._gradient(images[part], labels[part], keys[part], iterations[part])
+            for part in slices(len(images), self.micro_batch)
+        ]
+        figures = {name: torch.cat([of_part[name] for _, of_part in parts]) for name in parts[0][1]}
+        return torch.cat([gradient for gradient, _ in parts]), figures
+
+    def _gradient(
+        self, images: Tensor, labels: Tensor, keys: Sequence[int], iterations: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         shown = images.detach().to(self.student.head.weight.dtype).requires_grad_()
         views = [shown]
         for cut in range(self.settings.cutouts):
@@ -4472,6 +4654,7 @@ def generate(
         with torch.set_grad_enabled(settings.guided and settings.iterations > 0):
             z.requires_grad_(torch.is_grad_enabled())
             images = generator.images(z, labels, keys)
+        generator.require_finite(images, "images")
         assess(flight, images, labels, generator, judge)
         done = [
             bool(sample.best["accepted"]) or sample.iteration >= settings.iterations
@@ -4481,7 +4664,8 @@ def generate(
         if not all(done):
             iterations = [sample.iteration for sample in flight]
             upward, figures = judge.gradient(images, labels, keys, iterations)
-            gradient = torch.autograd.grad(images, z, upward.to(images))[0]
+            gradient = latent_gradient(images, z, upward)
+            generator.require_finite(gradient, "gradients")
             for sample, of_sample, over in zip(flight, gradient, done, strict=True):
                 if not over:
                     climb(sample, of_sample, settings)
@@ -4492,6 +4676,18 @@ def generate(
                 counts = {"seed": seed, "steps": sample.iteration, "judged": sample.judged}
                 yield sample.best | counts
         flight = [sample for sample, over in zip(flight, done, strict=True) if not over]
+
+
+def latent_gradient(images: Tensor, z: Tensor, upward: Tensor) -> Tensor:
+    """dJ/dz of dJ/dimages, [b, ...] each.
+
+    float16 holds nothing below 6e-8, so each sample's gradient goes through the generator with a
+    norm near 1. The factor is a power of two: it changes no bit of what float32 can hold.
+    """
+    norms = upward.double().flatten(1).norm(dim=1)
+    scale = torch.ldexp(torch.ones_like(norms), -torch.frexp(norms).exponent)[:, None, None, None]
+    gradient = torch.autograd.grad(images, z, (upward * scale).to(images))[0]
+    return (gradient / scale).to(z)
 
 
 def launch(source: int, generator: Generator, store: Store, seed: int) -> Sample:
@@ -4691,6 +4887,7 @@ def make_set(
     judge = appoint_judge(settings, seed, ctx, runtime)
     source = settings.generator or str(train_generator(ctx, runtime))
     generator = Generator(source, settings, store.class_names, store.data.size, runtime)
+    fit_memory(generator, judge)
     if settings.realism < 1:
         judge.threshold = calibrate(generator, store, settings.realism)
     sources = sources_of(settings, seed, judge, ctx, runtime)

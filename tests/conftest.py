@@ -1,6 +1,7 @@
 """Fixtures: the shared data, a tiny data set of files, and grokd as a process."""
 
 import csv
+import json
 import os
 
 # Two workers on two cores: before torch is imported, and for all processes that tests start.
@@ -107,3 +108,60 @@ def write_images(folder: Path, per_group: int = 4, splits: tuple[str, ...] = ())
 def images(tmp_path: Path) -> Path:
     """A folder with the tiny data set and its recipe."""
     return write_images(tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random class-conditional DDPM on 8 pixels, saved as diffusers does."""
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, num_class_embeds=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
+    folder = tmp_path_factory.mktemp("pixels")
+    pipeline: Any = DDPMPipeline(unet, DDPMScheduler(100))
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def save_stable_diffusion(folder: Path, scheduler: Any, **unet_fields: Any) -> str:
+    """A tiny random Stable Diffusion of the real classes: 16 pixels, 8 x 8 latents."""
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    words = [chr(c) for c in range(97, 123)]
+    vocabulary = [*words, *(w + "</w>" for w in words), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                              model_max_length=16)
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=16, projection_dim=16,
+        bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1))
+    unet = UNet2DConditionModel(**{
+        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1,
+        "norm_num_groups": 4, "cross_attention_dim": 16, "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), **unet_fields})
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+                        down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2)
+    pipeline: Any = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.save_pretrained(folder / "pipeline")
+    return str(folder / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random Stable Diffusion with DDIM."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    return save_stable_diffusion(tmp_path_factory.mktemp("sd"), scheduler)
