@@ -85,7 +85,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -1677,6 +1677,29 @@ def png(figure: Any, pyplot: Any) -> bytes:
     return buffer.getvalue()
 
 
+# Settings by which accelerate would change the loss or the way of training: values that leave
+# both as they are, and what to use instead.
+PLAIN_LAUNCH = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        ("", "1"), "it would divide the loss; for batches that do not fit, set micro_batch"
+    ),
+    "ACCELERATE_MIXED_PRECISION": (("", "no", "bf16", "fp16"), "use no, bf16 or fp16"),
+    "ACCELERATE_DYNAMO_BACKEND": (("", "no"), "use --compile of grokd"),
+} | {
+    f"ACCELERATE_USE_{name}": (("", "0", "false", "no"), "use accelerate launch --multi_gpu")
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+}
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Raise Problem for a setting of the launcher that would change the training."""
+    for name, (plain_values, instead) in PLAIN_LAUNCH.items():
+        value = environment.get(name, "")
+        if value.lower() not in plain_values:
+            raise Problem(f"{name} is {value} in the environment, which grokd does not follow: "
+                          f"{instead}, or unset it.")
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Devices, processes and arithmetic, from accelerate."""
@@ -1686,9 +1709,13 @@ class Runtime:
     shared: bool = False  # do the processes share the batches of one training?
     # State of float16's loss scaler before any training; one scaler serves the whole process.
     new_scaler: Mapping[str, Any] = field(default_factory=dict)
+    local_world: int = 0  # processes on this node, as the launcher says; 0: it does not
 
     @staticmethod
     def start(precision: str) -> Runtime:
+        check_launch(os.environ)
+        # accelerate writes a 1 there on CPUs where the launcher wrote nothing.
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
         mixed = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks wait for stores
         try:
@@ -1703,7 +1730,8 @@ class Runtime:
         if not precision:
             raise Problem(f"Mixed precision {accelerator.mixed_precision} is not supported.")
         scaler = accelerator.scaler
-        return Runtime(accelerator, precision, new_scaler=scaler.state_dict() if scaler else {})
+        new_scaler = scaler.state_dict() if scaler else {}
+        return Runtime(accelerator, precision, new_scaler=new_scaler, local_world=local_world)
 
     @property
     def device(self) -> torch.device:
@@ -1722,13 +1750,17 @@ class Runtime:
     def world(self) -> int:
         return self.accelerator.num_processes if self.shared else 1
 
-    @property
     def on_node(self) -> tuple[int, int]:
-        """Place among the processes of this node that share one training, and their number."""
+        """Place among the processes of this node that share one training, and their number.
+
+        All of them must ask: where the launcher does not say it, they tell each other their hosts.
+        """
         if self.world == 1:
             return 0, 1
-        count = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        return self.accelerator.local_process_index, count
+        if self.local_world:
+            return self.accelerator.local_process_index, self.local_world
+        hosts = gather_object([socket.gethostname()])
+        return hosts[: self.rank].count(hosts[self.rank]), hosts.count(hosts[self.rank])
 
     def together(self) -> Runtime:
         """The same for work that all processes share."""
@@ -2054,8 +2086,11 @@ def crop_boxes(raw: Tensor, boxes: np.ndarray, flips: np.ndarray, crop: int) -> 
     theta[:, 0, 2] = (2 * left + width) / size - 1
     theta[:, 1, 2] = (2 * top + height) / size - 1
     transform = torch.from_numpy(theta).to(raw.device)
-    grid = F.affine_grid(transform, [len(boxes), 3, crop, crop], align_corners=False)
-    images = F.grid_sample(raw.float() / 255, grid, padding_mode="border", align_corners=False)
+    # affine_grid is a matrix product: under autocast teachers would see other crops than the
+    # student, by half a pixel.
+    with torch.autocast(raw.device.type, enabled=False):
+        grid = F.affine_grid(transform, [len(boxes), 3, crop, crop], align_corners=False)
+        images = F.grid_sample(raw.float() / 255, grid, padding_mode="border", align_corners=False)
     return images.clamp_(0, 1)
 
 
@@ -2755,7 +2790,10 @@ class Targets:
         path, rows = self.folder / f"{file.name}-{view}", len(self.indices)
         num_blocks = math.ceil(rows / BLOCK)
         try:
-            with open(path, "ab") as opened:  # a full disk is found here: a map could only crash
+            # Not for appending: where the file system cannot allocate, the C library writes zeros
+            # itself, and refuses to on files opened so.
+            with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as opened:
+                # A full disk is found here: a map could only crash.
                 os.posix_fallocate(opened.fileno(), 0, target_bytes(rows, file.row.itemsize))
         except OSError as error:
             raise Problem(
@@ -2777,6 +2815,7 @@ class Targets:
             self.runtime.wait()  # all have looked before any writes
             self._fill(opened, missing, view)
             self.runtime.wait()
+            self._check_filled(opened, missing)
             self.current = [rows for _, rows in opened]
             if missing and self.runtime.rank == 0:
                 self._shrink({f"{file.name}-{view}" for file in self.files})
@@ -2800,7 +2839,7 @@ class Targets:
         """Compute missing blocks, this process's share of them; every node has its own cache."""
         needed = sorted({self.files[i].model for places in missing.values() for i in places})
         trunks = {self.trunk_keys[m]: self.models[m] for m in needed}
-        place, count = self.runtime.on_node
+        place, count = self.runtime.on_node()
         share = sorted(missing)[place::count]
         with self.runtime.autocast():
             for block, part, features in extract(
@@ -2810,6 +2849,20 @@ class Targets:
                     sums, rows = opened[i]
                     rows[part] = self._values(i, features).cpu().numpy()
                     sums[block] = zlib.crc32(rows[part].tobytes())
+
+    def _check_filled(
+        self, opened: Sequence[tuple[np.ndarray, np.ndarray]], missing: Mapping[int, list[int]]
+    ) -> None:
+        """Raise Problem if a block that was missing is so still: its logits would be zeros."""
+        for block, places in missing.items():
+            first = block * BLOCK
+            for sums, rows in (opened[i] for i in places):
+                if zlib.crc32(rows[first : first + BLOCK].tobytes()) != sums[block]:
+                    raise Problem(
+                        f"{self.folder}: block {block} of the targets was computed by no process "
+                        "of this node: set LOCAL_WORLD_SIZE to the number of processes on each "
+                        "node, as torchrun and accelerate launch do."
+                    )
 
     def _values(self, i: int, features: Mapping[str, Tensor]) -> Tensor:
         """What file i holds of images with these features."""
