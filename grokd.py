@@ -1208,6 +1208,10 @@ class FeatureLoss:
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses [b], after the student's forward pass, with figures to log."""
         student_maps, dtype = dict(self.student_maps), batch.output.dtype
+        for name, image in student_maps.items():
+            assert len(image) == len(batch.images), (
+                f"{name}: the map of {len(image)} images, not of the batch's {len(batch.images)}"
+            )
         frozen_maps = self.frozen.maps(batch)
         total = torch.zeros_like(batch.output[:, 0])
         figures: dict[str, Tensor] = {}
@@ -3387,6 +3391,9 @@ class Training:
         if runtime.world > 1:
             self.network = runtime.accelerator.prepare_model(self.model)
         if self.train.compile:
+            # Else it would reuse what it made of a network of this architecture without taps,
+            # whose maps would then stay those of the first look.
+            torch.compiler.reset()
             self.network = typing.cast(nn.Module, torch.compile(self.network))
         self.optimizer = build_optimizer(self.model, self.train, runtime)
         self.scaler = runtime.accelerator.scaler  # of float16, else None

@@ -2,11 +2,14 @@
 
 import errno
 import fcntl
+import functools
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,21 @@ from conftest import ROOT, write_images
 from test_processes import TWO
 
 import grokd
-from grokd import Classifier, Data, Input, Problem, Runtime, Store, Targets
+from grokd import (
+    Artefact,
+    Classifier,
+    Data,
+    Distill,
+    FeatureLoss,
+    Input,
+    Job,
+    Problem,
+    Runtime,
+    Store,
+    Targets,
+    Train,
+    Training,
+)
 
 CPU = torch.device("cpu")
 
@@ -46,6 +63,35 @@ def targets_of(store: Store, runtime: Runtime, **more: Any) -> Targets:
     """Two teachers' answers, in the store's cache."""
     models = [frozen(0), frozen(1, "cnn2")]
     return Targets(models, 2, store, {"data": store.fingerprint}, runtime, 0, **more)
+
+
+def student_of(
+    store: Store, runtime: Runtime, settings: Distill, arch: str = "resnet8", work: str = "student"
+) -> tuple[Training, FeatureLoss | None]:
+    """A student's training as `distill` sets it up, with two teachers and a biased model."""
+    models = [frozen(0), frozen(1, "cnn2"), frozen(2)]
+    targets = Targets(
+        models, 2, store, {"data": store.fingerprint}, runtime, 0, settings.has_features
+    )
+    targets.prepare(0)
+    model = network(5, arch)
+    features = None
+    if settings.has_features:
+        layers = grokd.compared_layers(settings)
+        frozen_layers = grokd.frozen_features(settings, targets, {}, False)
+        tap = grokd.Tap(model, [layer.student for layer in layers], store.data.crop)
+        features = FeatureLoss(settings, frozen_layers, 0)
+        features.attach(model, tap.maps, tap.widths)
+    losses = grokd.distillation(targets.answer, features)
+    artefact = Artefact(work, store.folder.parent / work / "model.safetensors", "distill", {}, {})
+    return Training(Job(artefact, model, settings, settings.train, store, 0, losses), runtime), features
+
+
+def learn(training: Training, steps: int) -> dict[str, torch.Tensor]:
+    """The weights after some steps of the first epoch."""
+    for batch, parts in itertools.islice(training.batches(0), steps):
+        training.step(0, len(batch), parts)
+    return {name: value.detach().clone() for name, value in training.model.state_dict().items()}
 
 
 def python(script: str, *, launcher: list[str] | None = None, check: bool = True,
@@ -160,3 +206,35 @@ def test_crops_are_the_same_under_autocast(store: Store) -> None:
     plain = store.view(indices, CPU, 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(store.view(indices, CPU, 3), plain)
+
+
+# Compiling
+
+
+def test_compiled_student_distils_features_after_another_of_its_architecture(
+    store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler must not reuse what it made of a network without taps."""
+    # Backend eager: the compiler's cache is what matters, not its code.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    train = Train(batch_size=8, lr=0.1)
+    plain = Distill(train=replace(train, compile=True))
+    settings = replace(plain, gamma=(1.0,), layers=("layer2=pooled",))
+    eager, _ = student_of(store, runtime, replace(settings, train=train), work="eager")
+    expected = learn(eager, 2)
+    learn(student_of(store, runtime, plain, work="plain")[0], 2)
+    compiled, features = student_of(store, runtime, settings, work="compiled")
+    weights = learn(compiled, 2)
+    assert features and len(features.student_maps["layer2"]) == 8
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_map_of_another_batch_is_not_distilled(store: Store, runtime: Runtime) -> None:
+    training, features = student_of(
+        store, runtime, Distill(gamma=(1.0,), layers=("layer2=pooled",), train=Train(batch_size=8))
+    )
+    assert features
+    features.student_maps = {"layer2": torch.zeros(1, 32, 4, 4)}
+    with pytest.raises(AssertionError, match=r"layer2: the map of 1 images, not of the batch's 8"):
+        learn(training, 1)
