@@ -940,15 +940,32 @@ def batch_weights(
     gradients = []
     for target in [*teachers, biased]:
         direction = (tau * logit_gradients(student, target, tau)).to(student.dtype)
-        parts = torch.autograd.grad(student, parameters, direction, retain_graph=True)
-        flat = torch.cat([part.flatten() for part in parts])
-        gradients.append(mean(flat).double())
+        gradients.append(mean(gradient_along(student, parameters, direction)).double())
     *g_t, g_b = gradients
     inner = torch.stack([g @ g_b for g in g_t])
     if normalise:
         norms = torch.stack([g.norm() * g_b.norm() for g in g_t])
         inner = torch.where(norms > 0, inner / norms.clamp(min=1e-300), 0)
     return (1 - inner).clamp(min=0.01)
+
+
+def gradient_along(student: Tensor, parameters: Sequence[Tensor], direction: Tensor) -> Tensor:
+    """Gradient [P] of sum(student * direction), of networks that compute in float16 too.
+
+    There what is below 6e-8 vanishes. As a loss scaler does, the direction is enlarged before and
+    the gradient divided after, by a power of two, which changes no bit in float32; less where that
+    is too much.
+    """
+    size = float(direction.abs().max())
+    exponent = max(math.frexp(size)[1], -100)
+    gradient = torch.zeros(0)
+    for enlarged in (10, 5, 0):
+        scale = 2.0 ** (enlarged - exponent)
+        parts = torch.autograd.grad(student, parameters, scale * direction, retain_graph=True)
+        gradient = torch.cat([part.flatten() for part in parts]) / scale
+        if torch.isfinite(gradient).all():
+            break
+    return gradient
 
 
 def average(student: Tensor, ensemble: Ensemble, batch: Batch) -> Tensor:
@@ -1733,6 +1750,10 @@ class Runtime:
             precision = names.get(accelerator.mixed_precision, "")
         if not precision:
             raise Problem(f"Mixed precision {accelerator.mixed_precision} is not supported.")
+        if precision == "float16" and accelerator.device.type == "cpu":
+            # accelerate computes in float32 there, without a word; torch knows better.
+            accelerator.native_amp = True
+            accelerator.scaler = torch.amp.GradScaler("cpu")
         scaler = accelerator.scaler
         new_scaler = scaler.state_dict() if scaler else {}
         return Runtime(accelerator, precision, new_scaler=new_scaler, local_world=local_world)
@@ -3377,6 +3398,36 @@ def fit(job: Job, runtime: Runtime) -> Progress:
     return progress
 
 
+SMALLEST_SCALE = 2.0**-10  # of float16's losses: it begins with 2^16
+
+
+class Part(NamedTuple):
+    """A micro-batch, read ahead."""
+
+    places: np.ndarray  # [b], in the training set
+    learnt: bool  # if not, it only keeps the process in step with the others
+    raw: Tensor  # uint8 [b, 3, S, S], stored images
+
+
+def micro_batches(
+    batch: np.ndarray, rank: int, world: int, size: int
+) -> list[tuple[np.ndarray, bool]]:
+    """A process's share of a total batch in parts of at most `size` (0: one part), each with
+    whether it is learnt from.
+
+    Every process has as many, since batch norm over processes waits for all. A share that is a
+    part short has its last one halved; where that cannot be, an image is shown in vain.
+    """
+    share, largest = batch[rank::world], len(batch[::world])
+    size = size or largest
+    count = math.ceil(largest / size)
+    parts = [share[first : first + size] for first in range(0, len(share), size)]
+    if parts and size > 1 and len(parts) < count:
+        parts[-1:] = np.array_split(parts[-1], 2)
+    in_vain = [(batch[:1], False)] * (count - len(parts))
+    return [(places, True) for places in parts] + in_vain
+
+
 class Training:
     """A training at work: the network as it is wrapped, its optimiser, progress and files."""
 
@@ -3386,10 +3437,12 @@ class Training:
         self.steps_per_epoch = len(self._epoch(0))
         self.model = job.model.to(runtime.device, runtime.dtype).train()
         if runtime.world > 1 and runtime.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.model = with_synchronised_norms(self.model)
         self.network = self.model
         if runtime.world > 1:
-            self.network = runtime.accelerator.prepare_model(self.model)
+            # Not accelerate's prepare_model: it puts autocast into the network's own forward pass,
+            # which `logit_gram` must run without.
+            self.network = nn.parallel.DistributedDataParallel(self.model)
         if self.train.compile:
             # Else it would reuse what it made of a network of this architecture without taps,
             # whose maps would then stay those of the first look.
@@ -3416,41 +3469,36 @@ class Training:
             return 0
         return epoch % self.train.num_views if self.train.num_views else epoch
 
-    def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, list[tuple[np.ndarray, Tensor]]]]:
-        """What is left of an epoch: total batches, with this process's micro-batches, read ahead:
-        places in the training set, stored images."""
+    def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, list[Part]]]:
+        """What is left of an epoch: total batches, with this process's micro-batches, ahead."""
         done = self.progress.step - epoch * self.steps_per_epoch
         return prefetch(self._epoch(epoch)[done:], self._read)
 
-    def _read(self, batch: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
-        share = batch[self.runtime.rank :: self.runtime.world]
-        if not len(share):
-            share = batch[:1]  # it only keeps the process in step, see _accumulate
-        size = self.train.micro_batch or len(share)
+    def _read(self, batch: np.ndarray) -> list[Part]:
+        rank, world = self.runtime.rank, self.runtime.world
         parts = []
-        for first in range(0, len(share), size):
-            places = share[first : first + size]
+        for places, learnt in micro_batches(batch, rank, world, self.train.micro_batch):
             raw = torch.from_numpy(self.job.store.raw(self.indices[places]))
             if self.runtime.device.type == "cuda":
                 raw = raw.pin_memory()
-            parts.append((places, raw))
+            parts.append(Part(places, learnt, raw))
         return parts
 
     # One step
 
-    def step(self, view: int, total: int, parts: Sequence[tuple[np.ndarray, Tensor]]) -> None:
+    def step(self, view: int, total: int, parts: Sequence[Part]) -> None:
         """Learn from one batch of `total` images, of which this process has `parts`."""
         rate = learning_rate(self.train, self.progress.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         accelerator = self.runtime.accelerator
-        for number, (places, raw) in enumerate(parts):
+        for number, part in enumerate(parts):
             is_last = number == len(parts) - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.network):
                 torch.manual_seed(
                     seed_of(self.job.seed, self.progress.step, self.runtime.rank, number)
                 )
-                self._accumulate(view, total, places, raw)
+                self._accumulate(view, total, part)
         if self.job.clip:
             accelerator.clip_grad_norm_(self.model.parameters(), self.job.clip)
         self.optimizer.step()
@@ -3461,10 +3509,11 @@ class Training:
         if self.bar is not None:
             self.bar.update()
 
-    def _accumulate(self, view: int, total: int, places: np.ndarray, raw: Tensor) -> None:
+    def _accumulate(self, view: int, total: int, part: Part) -> None:
         """Add the gradients and figures of a micro-batch."""
         job, runtime, progress = self.job, self.runtime, self.progress
-        images, labels = self._inputs(view, places, raw)
+        places = part.places
+        images, labels = self._inputs(view, places, part.raw)
         if self.board and progress.step == 0:
             self.board.add_images("images", images[:16], 0)
         batch = Batch(
@@ -3476,14 +3525,15 @@ class Training:
         per_sample, figures = job.losses(replace(batch, output=output))
         # DDP averages over processes, hence their number.
         loss = per_sample.sum() * (runtime.world / total)
-        counts = runtime.rank < total
-        runtime.accelerator.backward(loss if counts else 0 * loss)
-        if not counts:
-            return
-        at = torch.from_numpy(places).to(runtime.device)
-        progress.current[at] = per_sample.detach().to(progress.current)
+        runtime.accelerator.backward(loss if part.learnt else 0 * loss)
+        if part.learnt:
+            at = torch.from_numpy(places).to(runtime.device)
+            progress.current[at] = per_sample.detach().to(progress.current)
         for name, value in (figures | {"loss": per_sample}).items():
-            progress.sums[name] = progress.sums.get(name, 0) + value.detach().double().sum(-1)
+            figure = value.detach().double().sum(-1)
+            if not part.learnt:  # every process must have every sum, to add them up
+                figure = torch.zeros_like(figure)
+            progress.sums[name] = progress.sums.get(name, 0) + figure
 
     def _inputs(self, view: int, places: np.ndarray, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels of places in the training set, mixed if the recipe says so."""
@@ -3511,11 +3561,19 @@ class Training:
         return step % 20 == 0 or step % self.steps_per_epoch == 0
 
     def check_loss(self) -> None:
-        """Raise Problem if the sum of losses is not finite."""
-        if self.at_check and not torch.isfinite(self.progress.sums["loss"]):
+        """Raise Problem if the sum of losses is not finite, or float16 skips every step."""
+        if not self.at_check:
+            return
+        name, step = self.job.artefact.name, self.progress.step
+        loss = self.progress.sums["loss"].item()
+        if not math.isfinite(loss):
+            raise Problem(f"{name}: the loss is {loss} by step {step:,}: lower its lr.")
+        # A step with infinite gradients is skipped, and the scale halved: that is no harm unless
+        # it goes on.
+        if self.scaler and self.scaler.get_scale() < SMALLEST_SCALE:
             raise Problem(
-                f"{self.job.artefact.name}: the loss is {self.progress.sums['loss'].item()} by "
-                f"step {self.progress.step:,}: lower its lr."
+                f"{name}: gradients are not finite in float16 by step {step:,}, however small the "
+                "scale of the loss: lower its lr, or use --precision bfloat16."
             )
 
     def save_if_late(self) -> None:
@@ -3646,6 +3704,20 @@ def learning_rate(train: Train, step: int, steps_per_epoch: int) -> float:
     if train.schedule == "constant":
         return train.lr
     return train.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def with_synchronised_norms(model: nn.Module) -> nn.Module:
+    """The model with batch norm over all processes; taps on such layers stay."""
+    hooks = {
+        name: [*module._forward_hooks.values()]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for name, each in hooks.items():
+        for hook in each:  # they belong to the modules that were replaced
+            model.get_submodule(name).register_forward_hook(hook)
+    return model
 
 
 def build_optimizer(model: nn.Module, train: Train, runtime: Runtime) -> Any:

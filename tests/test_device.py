@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import types
+import typing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,16 @@ def student_of(
         features.attach(model, tap.maps, tap.widths)
     losses = grokd.distillation(targets.answer, features)
     artefact = Artefact(work, store.folder.parent / work / "model.safetensors", "distill", {}, {})
-    return Training(Job(artefact, model, settings, settings.train, store, 0, losses), runtime), features
+    job = Job(artefact, model, settings, settings.train, store, 0, losses)
+    return Training(job, runtime), features
+
+
+def plain_training(store: Store, runtime: Runtime, train: Train, arch: str = "cnn2") -> Training:
+    """A network that learns the labels."""
+    artefact = Artefact("plain", store.folder.parent / "plain" / "model.safetensors", "", {}, {})
+    settings = Distill("one-hot", train=train)
+    job = Job(artefact, network(5, arch), settings, train, store, 0, grokd.label_losses)
+    return Training(job, runtime)
 
 
 def learn(training: Training, steps: int) -> dict[str, torch.Tensor]:
@@ -206,6 +217,154 @@ def test_crops_are_the_same_under_autocast(store: Store) -> None:
     plain = store.view(indices, CPU, 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(store.view(indices, CPU, 3), plain)
+
+
+def test_gram_of_shared_training_is_computed_in_full_precision(store: Store) -> None:
+    """A wrapper of the forward pass must not switch autocast on again within `logit_gram`."""
+    done = python(
+        f"""
+        from test_device import *
+        runtime = Runtime.start("bfloat16").together()
+        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
+        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        settings = Distill(space="parameters", train=Train(batch_size=8))
+        training, _ = student_of(store, runtime, settings, "cnn2")
+        images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        expected = grokd.logit_gram(network(5, "cnn2"), images)
+        for ours, alone in zip(grokd.logit_gram(training.model, images), expected):
+            torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-6)
+        learn(training, 3)
+        os.write(1, b"PASSED\\n")
+        runtime.accelerator.end_training()
+        """,
+        launcher=TWO,
+    )
+    assert done.stdout.count("PASSED") == 2
+
+
+def test_batch_weights_of_small_gradients_survive_float16() -> None:
+    """Backward passes of their own, without the loss scaler, must not underflow."""
+    model, images = network(0), torch.rand(8, 3, 16, 16)
+    parameters = list(model.parameters())
+    noise = 1e-4 * torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(1))
+    weights = []
+    for dtype in (torch.float32, torch.float16):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            student = model(images)
+        teachers = student.detach() + noise
+        weights.append([
+            grokd.batch_weights(
+                student, teachers[:2], teachers[2], parameters, 4.0, normalise, lambda g: g / 8
+            ) for normalise in (True, False)
+        ])
+    torch.testing.assert_close(*(w[0] for w in weights), rtol=0.02, atol=0.01)
+    torch.testing.assert_close(*((1 - w[1]) * 1e6 for w in weights), rtol=0.05, atol=1e-3)
+
+
+def test_batch_weights_survive_gradients_too_large_for_float16() -> None:
+    factor = torch.tensor(0.01, requires_grad=True)
+    student = (factor.half() * torch.tensor([[100.0, -100.0]]).half()).float()
+    biased = student.detach() + torch.tensor([[0.0, 3.0]])
+    weights = grokd.batch_weights(
+        student, biased[None], biased, [factor], 4.0, True, lambda g: g
+    )
+    assert weights.tolist() == [0.01]
+
+
+def test_float16_scales_losses_skips_steps_and_says_when_none_is_left(store: Store) -> None:
+    """With torch's scaler on the CPU: the scale is the network's own, and in its checkpoint."""
+    done = python(
+        f"""
+        import shutil
+        from test_device import *
+        runtime = Runtime.start("float16")
+        with runtime.autocast():
+            assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float16
+        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
+        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        train = Train(batch_size=8, lr=0.1)
+        training = plain_training(store, runtime, train, "resnet8")
+        before = {{k: v.clone() for k, v in training.model.state_dict().items()}}
+        training.restore()
+        assert training.scaler.get_scale() == 2**16
+        after = learn(training, 2)
+        assert not torch.equal(after["head.weight"], before["head.weight"])
+
+        training.scaler.update(2.0**60)
+        skipped = learn(training, 1)
+        assert torch.equal(skipped["head.weight"], after["head.weight"])
+        assert training.scaler.get_scale() == 2.0**59
+        training.progress.step = 20
+        training.check_loss()
+        training.save()
+        state = grokd.load_checkpoint(training.job.artefact.work)
+        assert state["scaler"]["scale"] == 2.0**59
+
+        training.scaler.update(2.0**-30)
+        try:
+            training.check_loss()
+        except Problem as problem:
+            print(problem)
+        second = plain_training(store, runtime, train, "resnet8")
+        shutil.rmtree(training.job.artefact.work)
+        second.restore()
+        assert second.scaler.get_scale() == 2**16
+        """
+    )
+    assert "plain: gradients are not finite in float16 by step 20, however small" in done.stdout
+
+
+# Batch norm over processes
+
+
+def test_taps_on_batch_norm_survive_its_conversion() -> None:
+    """What a GPU's training of several processes is given."""
+    model = network(0)
+    tap = grokd.Tap(model, ["stem.1", "layer1.body.1"], 16)
+    converted = grokd.with_synchronised_norms(model)
+    assert sum(isinstance(m, torch.nn.SyncBatchNorm) for m in converted.modules()) == 9
+    tap.maps.clear()
+    converted(torch.rand(5, 3, 16, 16))
+    sizes = {name: len(image) for name, image in tap.maps.items()}
+    assert sizes == {"stem.1": 5, "layer1.body.1": 5}
+
+
+@pytest.mark.parametrize("total, world, micro", [
+    (27, 4, 2), (27, 4, 1), (32, 4, 2), (7, 3, 2), (7, 3, 1), (5, 2, 2), (2, 4, 2), (1, 2, 1),
+    (9, 2, 0),
+])
+def test_every_process_has_as_many_micro_batches(
+    total: int, world: int, micro: int, store: Store, runtime: Runtime
+) -> None:
+    """Batch norm over processes must be called equally often by each of them."""
+    training = plain_training(store, runtime, Train(micro_batch=micro))
+    batch, seen, counts = 3 * np.arange(total), list[int](), set()
+    for rank in range(world):
+        training.runtime = typing.cast(
+            Any, types.SimpleNamespace(rank=rank, world=world, device=CPU)
+        )
+        parts = training._read(batch)
+        counts.add(len(parts))
+        assert all(0 < len(part.places) <= (micro or total) for part in parts)
+        seen += [int(place) for part in parts if part.learnt for place in part.places]
+    assert len(counts) == 1
+    assert sorted(seen) == batch.tolist()
+
+
+def test_process_without_images_of_its_own_has_every_sum(store: Store, runtime: Runtime) -> None:
+    """Otherwise it would not take part when they are added up."""
+    training = plain_training(store, runtime, Train())
+    parts = [part._replace(learnt=False) for part in training._read(np.arange(1))]
+    training.step(0, 1, parts)
+    assert training.progress.sums == {"loss": 0} and not training.progress.current.any()
+    training.step(0, 2, [*training._read(np.arange(2)), *parts])
+    assert training.progress.sums["loss"] == training.progress.current.double().sum() > 0
+
+
+def test_micro_batches_of_one_process_are_cut_as_ever() -> None:
+    parts = grokd.micro_batches(np.arange(9), 0, 1, 4)
+    assert [places.tolist() for places, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert all(learnt for _, learnt in parts)
 
 
 # Compiling

@@ -103,7 +103,7 @@ def speed(folder: str, runs: int) -> list[list[str]]:
         return Training(Job(artefact, student, settings, train, store, 0, losses), runtime)
 
     def step(work: Training, batch: np.ndarray = places, stored: Tensor = raw) -> None:
-        work.step(0, len(batch), [(batch, stored)])
+        work.step(0, len(batch), [grokd.Part(batch, True, stored)])
 
     def bare() -> None:
         torch.nn.functional.cross_entropy(student(images), labels).backward()
