@@ -1267,7 +1267,7 @@ class FeatureLoss:
         student, teachers, biased = compared
         count = 1 if self.shared[i] else len(teachers)
         adapted = [adapter(student) for adapter in adapters[:count]]
-        weights = torch.ones(len(teachers), len(student)).to(student)
+        weights = student.new_ones(len(teachers), len(student))
         adapter_loss: Tensor | float = 0.0
         if self.settings.feature_weights == "agre" and biased is not None:
             adapted_b = adapters[-1](student.detach())
@@ -1302,12 +1302,14 @@ class FeatureLoss:
         detached = [image.detach() for image in adapted]
         weights = feature_agre(detached, teachers, adapted_b, biased, matrices)
         # A teacher whose parent is the biased model has its very features: their pulls are one.
-        weights[torch.tensor(self.frozen.twins, device=weights.device)] = 0
+        for t, is_twin in enumerate(self.frozen.twins):
+            if is_twin:
+                weights[t] = 0
         return weights
 
     def _elements(self, batch: Batch, i: int, teachers: Sequence[Tensor]) -> Tensor:
         """Weights of samples, channels and positions, to be broadcast to [b, d, h, w]."""
-        elements = torch.ones(()).to(teachers[0])
+        elements = teachers[0].new_ones(())
         if self.settings.feature_weights == "agree":
             elements = agreement(torch.stack([*teachers]))
         elif self.settings.feature_weights == "disagree":
@@ -1316,7 +1318,7 @@ class FeatureLoss:
         if self.settings.feature_dropout:
             channels = np.arange(teachers[0].shape[1])
             draws = hash_uniform(self.seed, Stream.DROPOUT, batch.step, i, channels)
-            kept = torch.from_numpy(draws >= self.settings.feature_dropout).to(teachers[0])
+            kept = batch.runtime.upload(draws >= self.settings.feature_dropout).to(teachers[0])
             elements = elements * kept[:, None, None] / (1 - self.settings.feature_dropout)
         return elements
 
@@ -1698,6 +1700,17 @@ def png(figure: Any, pyplot: Any) -> bytes:
     return buffer.getvalue()
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host such that copying it to the device waits for nothing: copies from any
+    other memory wait until the GPU has done all that it was given."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device, without a wait."""
+    return pinned(torch.from_numpy(array), device).to(device, non_blocking=True)
+
+
 # Settings by which accelerate would change the loss or the way of training: values that leave
 # both as they are, and what to use instead.
 PLAIN_LAUNCH = {
@@ -1797,6 +1810,10 @@ class Runtime:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return self.accelerator.autocast()
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        """An array on the device, without a wait."""
+        return upload(array, self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the processes that share one training."""
@@ -1930,6 +1947,14 @@ def decode(source: Path | np.ndarray | io.BytesIO, size: int, geometry: str) -> 
     return np.asarray(image).transpose(2, 0, 1)
 
 
+class Stored(NamedTuple):
+    """Stored images and how they become a view; on a machine with a GPU in pinned memory."""
+
+    raw: Tensor  # uint8 [B, 3, S, S]
+    transform: Tensor | None = None  # float32 [B, 2, 3], see crop_transforms; None: the centre
+    flips: Tensor | None = None  # bool [B], centres that are mirrored; None: none is
+
+
 BLOCK = 256  # images per checksum, and per step of a prediction
 THREADS = ThreadPoolExecutor(os.cpu_count())  # decode images
 
@@ -2043,26 +2068,45 @@ class Store:
         self.checked.add(place)
 
     def view(
-        self, indices: np.ndarray, device: torch.device, view: int | None = None, seed: int = 0,
-        raw: Tensor | None = None,
+        self, indices: np.ndarray, device: torch.device, view: int | None = None, seed: int = 0
     ) -> Tensor:
         """Images as networks see them: float32 [B, 3, crop, crop] in 0..1, not normalised.
 
         view None is the evaluation view, the centre; otherwise the augmentation of image i is a
-        function of (seed, view, i) alone. `raw` are the stored images, if they are at hand.
+        function of (seed, view, i) alone.
         """
-        batch = torch.from_numpy(self.raw(indices)) if raw is None else raw
-        batch = batch.to(device, non_blocking=True)
-        flips = np.zeros(len(indices), bool)
+        return self.show(self.read(indices, device, view, seed), device)
+
+    def read(
+        self, indices: np.ndarray, device: torch.device, view: int | None = None, seed: int = 0
+    ) -> Stored:
+        """The host's part of `view`, for a thread ahead."""
+        flips, transform = None, None
         if view is not None and self.data.flip:
             flips = random_flips(seed, view, indices)
         if view is not None and self.data.random_crop:
             boxes = random_boxes(seed, view, indices, self.data)
-            images = crop_boxes(batch, boxes, flips, self.data.crop)
+            transform = pinned(crop_transforms(boxes, flips, self.data.size), device)
+            flips = None
+        raw = pinned(torch.from_numpy(self.raw(indices)), device)
+        if flips is None or not flips.any():
+            return Stored(raw, transform)
+        return Stored(raw, transform, pinned(torch.from_numpy(flips), device))
+
+    def show(self, stored: Stored, device: torch.device) -> Tensor:
+        """The device's part of `view`."""
+        raw, transform, flips = (
+            each if each is None else each.to(device, non_blocking=True) for each in stored
+        )
+        assert raw is not None
+        if transform is not None:
+            images = crop_boxes(raw, transform, self.data.crop)
         else:
             start = (self.data.size - self.data.crop) // 2
             middle = slice(start, start + self.data.crop)
-            images = flip_some(batch[:, :, middle, middle].float() / 255, flips)
+            images = raw[:, :, middle, middle].float() / 255
+            if flips is not None:
+                images = torch.where(flips[:, None, None, None], images.flip(3), images)
         return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -2075,7 +2119,7 @@ def flip_some(images: Tensor, flips: np.ndarray) -> Tensor:
     """Images [B, 3, S, S], those of `flips` [B] mirrored."""
     if not flips.any():
         return images
-    chosen = torch.from_numpy(flips).to(images.device)
+    chosen = upload(flips, images.device)
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
@@ -2101,20 +2145,26 @@ def random_boxes(seed: int, view: int, indices: np.ndarray, data: Data) -> np.nd
     return np.stack([left.astype(np.int64), top.astype(np.int64), width, height], 1)
 
 
-def crop_boxes(raw: Tensor, boxes: np.ndarray, flips: np.ndarray, crop: int) -> Tensor:
-    """Boxes [B, 4] of stored images uint8 [B, 3, S, S], resized and flipped: [B, 3, crop, crop]."""
-    size = raw.shape[-1]
+def crop_transforms(boxes: np.ndarray, flips: np.ndarray | None, size: int) -> Tensor:
+    """Boxes [B, 4], mirrored where `flips` [B] says so, as affine maps float32 [B, 2, 3] from the
+    output to the stored square, both in -1..1."""
     left, top, width, height = boxes.T
-    theta = np.zeros((len(boxes), 2, 3), np.float32)  # output -> stored square, in -1..1
-    theta[:, 0, 0] = width / size * np.where(flips, -1, 1)
+    theta = np.zeros((len(boxes), 2, 3), np.float32)
+    theta[:, 0, 0] = width / size
+    if flips is not None:
+        theta[flips, 0, 0] *= -1
     theta[:, 1, 1] = height / size
     theta[:, 0, 2] = (2 * left + width) / size - 1
     theta[:, 1, 2] = (2 * top + height) / size - 1
-    transform = torch.from_numpy(theta).to(raw.device)
+    return torch.from_numpy(theta)
+
+
+def crop_boxes(raw: Tensor, transform: Tensor, crop: int) -> Tensor:
+    """Boxes of stored images uint8 [B, 3, S, S], resized: [B, 3, crop, crop]."""
     # affine_grid is a matrix product: under autocast teachers would see other crops than the
     # student, by half a pixel.
     with torch.autocast(raw.device.type, enabled=False):
-        grid = F.affine_grid(transform, [len(boxes), 3, crop, crop], align_corners=False)
+        grid = F.affine_grid(transform, [len(raw), 3, crop, crop], align_corners=False)
         images = F.grid_sample(raw.float() / 255, grid, padding_mode="border", align_corners=False)
     return images.clamp_(0, 1)
 
@@ -2697,9 +2747,16 @@ def extract(
     """
     if blocks is None:
         blocks = range(math.ceil(len(indices) / BLOCK))[runtime.rank :: runtime.world]
-    for block in progress_bar(blocks, "predict") if len(blocks) > 20 else blocks:
+
+    def load(block: int) -> tuple[slice, Stored]:
         part = slice(block * BLOCK, min((block + 1) * BLOCK, len(indices)))
-        images = store.view(indices[part], runtime.device, view, seed)
+        return part, store.read(indices[part], runtime.device, view, seed)
+
+    ahead: Any = prefetch(blocks, load)
+    if len(blocks) > 20:
+        ahead = progress_bar(ahead, "predict", total=len(blocks))
+    for block, (part, stored) in ahead:
+        images = store.show(stored, runtime.device)
         with torch.no_grad():
             yield block, part, {key: model.features(images) for key, model in trunks.items()}
 
@@ -2918,7 +2975,7 @@ class Targets:
     def logits(self, positions: np.ndarray) -> Tensor:
         """Logits [M, b, C] of places in the training set, on the device."""
         chosen = [logits[positions] for logits in self.current[: len(self.models)]]
-        return torch.from_numpy(np.stack(chosen)).to(self.runtime.device, non_blocking=True)
+        return self.runtime.upload(np.stack(chosen))
 
     def ask(self, images: Tensor) -> Tensor:
         """Logits [M, b, C] of images that no cache can hold."""
@@ -2939,8 +2996,8 @@ class Targets:
         }  # a trunk's features come after its logits
         features = []
         for key in self.trunk_keys:
-            rows = torch.from_numpy(by_trunk[key][positions].astype(np.float32))
-            features.append(rows[:, :, None, None].to(self.runtime.device, non_blocking=True))
+            rows = self.runtime.upload(by_trunk[key][positions].astype(np.float32))
+            features.append(rows[:, :, None, None])
         return features
 
 
@@ -3406,7 +3463,9 @@ class Part(NamedTuple):
 
     places: np.ndarray  # [b], in the training set
     learnt: bool  # if not, it only keeps the process in step with the others
-    raw: Tensor  # uint8 [b, 3, S, S], stored images
+    stored: Stored  # the images
+    labels: Tensor  # int64 [b]
+    at: Tensor  # int64 [b], the places as a tensor
 
 
 def micro_batches(
@@ -3472,16 +3531,23 @@ class Training:
     def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, list[Part]]]:
         """What is left of an epoch: total batches, with this process's micro-batches, ahead."""
         done = self.progress.step - epoch * self.steps_per_epoch
-        return prefetch(self._epoch(epoch)[done:], self._read)
+        read = functools.partial(self._read, self.view_of(epoch))
+        return prefetch(self._epoch(epoch)[done:], read)
 
-    def _read(self, batch: np.ndarray) -> list[Part]:
+    def _read(self, view: int, batch: np.ndarray) -> list[Part]:
+        """This process's micro-batches: all that a step would else have to wait for."""
+        store, device = self.job.store, self.runtime.device
         rank, world = self.runtime.rank, self.runtime.world
         parts = []
         for places, learnt in micro_batches(batch, rank, world, self.train.micro_batch):
-            raw = torch.from_numpy(self.job.store.raw(self.indices[places]))
-            if self.runtime.device.type == "cuda":
-                raw = raw.pin_memory()
-            parts.append(Part(places, learnt, raw))
+            indices = self.indices[places]
+            if self.job.view:
+                stored = Stored(pinned(torch.from_numpy(store.raw(indices)), device))
+            else:
+                stored = store.read(indices, device, view, self.train.view_seed)
+            labels = pinned(torch.from_numpy(store.labels[indices]), device)
+            at = pinned(torch.from_numpy(places), device)
+            parts.append(Part(places, learnt, stored, labels, at))
         return parts
 
     # One step
@@ -3513,7 +3579,7 @@ class Training:
         """Add the gradients and figures of a micro-batch."""
         job, runtime, progress = self.job, self.runtime, self.progress
         places = part.places
-        images, labels = self._inputs(view, places, part.raw)
+        images, labels = self._inputs(view, part)
         if self.board and progress.step == 0:
             self.board.add_images("images", images[:16], 0)
         batch = Batch(
@@ -3527,7 +3593,7 @@ class Training:
         loss = per_sample.sum() * (runtime.world / total)
         runtime.accelerator.backward(loss if part.learnt else 0 * loss)
         if part.learnt:
-            at = torch.from_numpy(places).to(runtime.device)
+            at = part.at.to(runtime.device, non_blocking=True)
             progress.current[at] = per_sample.detach().to(progress.current)
         for name, value in (figures | {"loss": per_sample}).items():
             figure = value.detach().double().sum(-1)
@@ -3535,14 +3601,14 @@ class Training:
                 figure = torch.zeros_like(figure)
             progress.sums[name] = progress.sums.get(name, 0) + figure
 
-    def _inputs(self, view: int, places: np.ndarray, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels of places in the training set, mixed if the recipe says so."""
-        store, device, indices = self.job.store, self.runtime.device, self.indices[places]
+    def _inputs(self, view: int, part: Part) -> tuple[Tensor, Tensor]:
+        """Images and labels of a micro-batch, mixed if the recipe says so."""
+        store, device = self.job.store, self.runtime.device
         if self.job.view:
-            images = self.job.view(indices, raw, view)
+            images = self.job.view(self.indices[part.places], part.stored.raw, view)
         else:
-            images = store.view(indices, device, view, self.train.view_seed, raw)
-        labels = torch.from_numpy(store.labels[indices]).to(device)
+            images = store.show(part.stored, device)
+        labels = part.labels.to(device, non_blocking=True)
         if self.train.mix == "none":
             return images, labels
         from torchvision.transforms import v2

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import types
 import typing
 from dataclasses import replace
@@ -20,6 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, write_images
 from test_processes import TWO
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import grokd
 from grokd import (
@@ -39,6 +41,7 @@ from grokd import (
 )
 
 CPU = torch.device("cpu")
+TEACHERS = ("resnet8", "cnn2", "resnet8")  # and the biased model
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def student_of(
     store: Store, runtime: Runtime, settings: Distill, arch: str = "resnet8", work: str = "student"
 ) -> tuple[Training, FeatureLoss | None]:
     """A student's training as `distill` sets it up, with two teachers and a biased model."""
-    models = [frozen(0), frozen(1, "cnn2"), frozen(2)]
+    models = [frozen(seed, name) for seed, name in enumerate(TEACHERS)]
     targets = Targets(
         models, 2, store, {"data": store.fingerprint}, runtime, 0, settings.has_features
     )
@@ -343,7 +346,7 @@ def test_every_process_has_as_many_micro_batches(
         training.runtime = typing.cast(
             Any, types.SimpleNamespace(rank=rank, world=world, device=CPU)
         )
-        parts = training._read(batch)
+        parts = training._read(0, batch)
         counts.add(len(parts))
         assert all(0 < len(part.places) <= (micro or total) for part in parts)
         seen += [int(place) for part in parts if part.learnt for place in part.places]
@@ -354,10 +357,10 @@ def test_every_process_has_as_many_micro_batches(
 def test_process_without_images_of_its_own_has_every_sum(store: Store, runtime: Runtime) -> None:
     """Otherwise it would not take part when they are added up."""
     training = plain_training(store, runtime, Train())
-    parts = [part._replace(learnt=False) for part in training._read(np.arange(1))]
+    parts = [part._replace(learnt=False) for part in training._read(0, np.arange(1))]
     training.step(0, 1, parts)
     assert training.progress.sums == {"loss": 0} and not training.progress.current.any()
-    training.step(0, 2, [*training._read(np.arange(2)), *parts])
+    training.step(0, 2, [*training._read(0, np.arange(2)), *parts])
     assert training.progress.sums["loss"] == training.progress.current.double().sum() > 0
 
 
@@ -397,3 +400,121 @@ def test_map_of_another_batch_is_not_distilled(store: Store, runtime: Runtime) -
     features.student_maps = {"layer2": torch.zeros(1, 32, 4, 4)}
     with pytest.raises(AssertionError, match=r"layer2: the map of 1 images, not of the batch's 8"):
         learn(training, 1)
+
+
+# Waits
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU, or stop to copy to it, in this thread.
+
+    Values read by the host, results whose size depends on values, and tensors made from arrays
+    other than through `upload` (or ahead, in a thread).
+    """
+
+    READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique")
+    CALLS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__array__")
+    MAKERS = ("from_numpy", "tensor", "as_tensor", "asarray")
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.thread, self.uploading = threading.get_ident(), False
+        for name in self.CALLS:
+            patch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name), name))
+        for name in self.MAKERS:
+            patch.setattr(torch, name, self.counted(getattr(torch, name), name))
+        upload = grokd.upload
+
+        def excepted(array: np.ndarray, device: torch.device) -> torch.Tensor:
+            self.uploading = True
+            result = upload(array, device)
+            self.uploading = False
+            return result
+
+        patch.setattr(grokd, "upload", excepted)
+
+    def counted(self, function: Any, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == self.thread and not self.uploading:
+                self.seen.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = [a for a in args[1] if a is not None] if name.startswith("index") else []
+        by_mask = any(getattr(mask, "dtype", None) == torch.bool for mask in masks
+                      if isinstance(mask, torch.Tensor))
+        if name in self.READS or by_mask:
+            self.seen.append(f"{name} by a mask" if by_mask else name)
+        return func(*args, **(kwargs or {}))
+
+
+# ae-kd is no part of this: scikit-learn solves for its weights on the host, once a step. Neither
+# are agre in the spaces "batch", which looks whether gradients are finite, nor steps in float16,
+# where torch's scaler reads whether to skip.
+@pytest.mark.parametrize("change", [
+    {}, {"weighting": "average"}, {"weighting": "random"}, {"weighting": "eb-kd"},
+    {"weighting": "ca-mkd"}, {"space": "parameters"}, {"alpha": 0.5, "zero": "drop"},
+    {"combine": "logits"}, {"gamma": (1.0,), "feature_weights": "agre"},
+    {"gamma": (1.0,), "feature_weights": "disagree", "feature_dropout": 0.5, "adapters": "shared",
+     "layers": ("layer2=pooled",)},
+    {"gamma": (1.0,), "feature_loss": "contrastive"},
+], ids=lambda change: "-".join(map(str, change.values())) or "agre")
+def test_no_step_between_two_checks_of_the_loss_waits(
+    change: dict[str, Any], store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if change.get("adapters") == "shared":
+        monkeypatch.setattr(sys.modules[__name__], "TEACHERS", ("cnn2", "cnn2", "cnn2"))
+    settings = replace(Distill(train=Train(batch_size=8)), **change)
+    training, _ = student_of(store, runtime, settings, "cnn2")
+    training.progress.step = 1  # the first one shows its images
+    with training.reporting():
+        ahead = [*itertools.islice(training.batches(0), 4)]
+        with pytest.MonkeyPatch.context() as patch, Waits(patch) as waits:
+            for batch, parts in ahead:
+                training.step(0, len(batch), parts)
+                training.check_loss()
+                training.save_if_late()
+        training.progress.history.append({"epoch": 1, "loss": 0.0})
+    assert training.progress.step == 5
+    assert waits.seen == []
+
+
+def test_waits_are_seen() -> None:
+    with pytest.MonkeyPatch.context() as patch, Waits(patch) as waits:
+        x = torch.ones(3)
+        x[x > 0]
+        if x.sum() > 1:
+            x.cpu()
+        grokd.upload(np.zeros(3), CPU)
+        torch.from_numpy(np.zeros(3))
+    assert waits.seen == ["index by a mask", "__bool__", "_local_scalar_dense", "cpu",
+                          "from_numpy"]
+
+
+def test_reading_ahead_changes_no_view(store: Store) -> None:
+    indices = store.split("train")[:40]
+    for change in ({}, {"random_crop": False}, {"flip": False}):
+        changed = replace(store, data=replace(store.data, **change))  # type: ignore[arg-type]
+        for view in (None, 3):
+            stored = changed.read(indices, CPU, view, 1)
+            assert torch.equal(changed.show(stored, CPU), changed.view(indices, CPU, view, 1))
+            assert (stored.transform is not None) == (view == 3 and changed.data.random_crop)
+
+
+def test_prediction_reads_ahead_in_a_thread(
+    store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = set[int]()
+    read = Store.read
+
+    def noted(self: Store, *args: Any) -> grokd.Stored:
+        readers.add(threading.get_ident())
+        return read(self, *args)
+
+    monkeypatch.setattr(Store, "read", noted)
+    grokd.predict([frozen(0)], store, store.split("train"), runtime)
+    assert readers and threading.get_ident() not in readers
