@@ -245,6 +245,21 @@ def test_gram_of_shared_training_is_computed_in_full_precision(store: Store) -> 
     assert done.stdout.count("PASSED") == 2
 
 
+def test_gpu_arithmetic_is_set_and_said() -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    Runtime.start("float32")
+    assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+    words = "float32, TF32 in convolutions alone; cudnn.benchmark off"
+    assert grokd.set_gpu_arithmetic("float32") == words
+    assert grokd.set_gpu_arithmetic("bfloat16") == f"bfloat16 by autocast, else {words}"
+    assert "TF32" not in grokd.set_gpu_arithmetic("float64")
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "TF32 in convolutions and float32 in matrix products; `cudnn.benchmark` is off" in readme
+
+
 def test_batch_weights_of_small_gradients_survive_float16() -> None:
     """Backward passes of their own, without the loss scaler, must not underflow."""
     model, images = network(0), torch.rand(8, 3, 16, 16)
