@@ -533,3 +533,32 @@ def test_prediction_reads_ahead_in_a_thread(
     monkeypatch.setattr(Store, "read", noted)
     grokd.predict([frozen(0)], store, store.split("train"), runtime)
     assert readers and threading.get_ident() not in readers
+
+
+def test_shared_compiled_student_with_taps_and_micro_batches_equals_one_alone(
+    store: Store,
+) -> None:
+    """DDP, adapters, taps, no_sync and the compiler together, in shares that differ by one."""
+    done = python(
+        f"""
+        from test_device import *
+        torch.compile = functools.partial(torch.compile, backend="eager")
+        together = Runtime.start("float32").together()
+        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
+        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        train = Train(batch_size=9, lr=0.1, micro_batch=2)
+        settings = Distill(
+            gamma=(1.0,), layers=("layer2=pooled",), feature_weights="agre", train=train
+        )
+        alone, _ = student_of(store, together.alone(), settings, "cnn2", "alone")
+        expected = learn(alone, 3)
+        compiled = replace(settings, train=replace(train, compile=True))
+        shared, _ = student_of(store, together, compiled, "cnn2", "shared")
+        for name, value in learn(shared, 3).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        os.write(1, b"PASSED\\n")
+        together.accelerator.end_training()
+        """,
+        launcher=TWO,
+    )
+    assert done.stdout.count("PASSED") == 2
