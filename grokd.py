@@ -2956,16 +2956,19 @@ class Targets:
     def _check_filled(
         self, opened: Sequence[tuple[np.ndarray, np.ndarray]], missing: Mapping[int, list[int]]
     ) -> None:
-        """Raise Problem if a block that was missing is so still: its logits would be zeros."""
+        """Raise Problem on all processes if a block that was missing is so still on one of them:
+        its logits would be zeros."""
+        still = False
         for block, places in missing.items():
             first = block * BLOCK
             for sums, rows in (opened[i] for i in places):
-                if zlib.crc32(rows[first : first + BLOCK].tobytes()) != sums[block]:
-                    raise Problem(
-                        f"{self.folder}: block {block} of the targets was computed by no process "
-                        "of this node: set LOCAL_WORLD_SIZE to the number of processes on each "
-                        "node, as torchrun and accelerate launch do."
-                    )
+                still |= zlib.crc32(rows[first : first + BLOCK].tobytes()) != sums[block]
+        if self.runtime.any(still):
+            raise Problem(
+                f"{self.folder}: targets of some images were computed by no process of their node: "
+                "set LOCAL_WORLD_SIZE to the number of processes on each node, as torchrun and "
+                "accelerate launch do."
+            )
 
     def _values(self, i: int, features: Mapping[str, Tensor]) -> Tensor:
         """What file i holds of images with these features."""
@@ -3648,11 +3651,12 @@ class Training:
         return step % 20 == 0 or step % self.steps_per_epoch == 0
 
     def check_loss(self) -> None:
-        """Raise Problem if the sum of losses is not finite, or float16 skips every step."""
+        """Raise Problem, on all processes, if the sum of losses is not finite, or float16 skips
+        every step."""
         if not self.at_check:
             return
         name, step = self.job.artefact.name, self.progress.step
-        loss = self.progress.sums["loss"].item()
+        loss = self.runtime.sum(self.progress.sums["loss"]).item()
         if not math.isfinite(loss):
             raise Problem(f"{name}: the loss is {loss} by step {step:,}: lower its lr.")
         # A step with infinite gradients is skipped, and the scale halved: that is no harm unless

@@ -379,6 +379,30 @@ def test_process_without_images_of_its_own_has_every_sum(store: Store, runtime: 
     assert training.progress.sums["loss"] == training.progress.current.double().sum() > 0
 
 
+def test_loss_that_is_not_finite_on_one_process_stops_all(store: Store) -> None:
+    done = python(
+        f"""
+        from test_device import *
+        runtime = Runtime.start("float32").together()
+        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
+        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        training = plain_training(store, runtime, Train(batch_size=8))
+        learn(training, 1)
+        training.progress.step = 20
+        training.check_loss()
+        if runtime.rank == 1:
+            training.progress.sums["loss"] *= torch.nan
+        try:
+            training.check_loss()
+        except Problem as problem:
+            os.write(1, f"{{problem}}\\n".encode())
+        runtime.accelerator.end_training()
+        """,
+        launcher=TWO,
+    )
+    assert done.stdout.count("plain: the loss is nan by step 20: lower its lr.") == 2
+
+
 def test_micro_batches_of_one_process_are_cut_as_ever() -> None:
     parts = grokd.micro_batches(np.arange(9), 0, 1, 4)
     assert [places.tolist() for places, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
