@@ -85,7 +85,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -633,7 +633,8 @@ class Common:
     root: str = "."  # Folder of the data.
     out: str = "runs/<recipe>"  # Folder of the results.
     seeds: tuple[Natural, ...] = (0, 1, 2)  # Seeds of the students.
-    # Arithmetic. launch: what `accelerate launch --mixed_precision` says, else float32.
+    # Arithmetic. launch: what `accelerate launch --mixed_precision` says, else float32. On NVIDIA
+    # GPUs float32 means TF32 in convolutions, float32 in matrix products; bfloat16 is faster still.
     precision: Literal["launch", "float32", "bfloat16", "float16", "float64"] = "launch"
     # With several processes: each trains whole models, or all share the batches of one. auto:
     # models where there are more of them than processes.
@@ -958,15 +959,32 @@ def batch_weights(
     gradients = []
     for target in [*teachers, biased]:
         direction = (tau * logit_gradients(student, target, tau)).to(student.dtype)
-        parts = torch.autograd.grad(student, parameters, direction, retain_graph=True)
-        flat = torch.cat([part.flatten() for part in parts])
-        gradients.append(mean(flat).double())
+        gradients.append(mean(gradient_along(student, parameters, direction)).double())
     *g_t, g_b = gradients
     inner = torch.stack([g @ g_b for g in g_t])
     if normalise:
         norms = torch.stack([g.norm() * g_b.norm() for g in g_t])
         inner = torch.where(norms > 0, inner / norms.clamp(min=1e-300), 0)
     return (1 - inner).clamp(min=0.01)
+
+
+def gradient_along(student: Tensor, parameters: Sequence[Tensor], direction: Tensor) -> Tensor:
+    """Gradient [P] of sum(student * direction), of networks that compute in float16 too.
+
+    There what is below 6e-8 vanishes. As a loss scaler does, the direction is enlarged before and
+    the gradient divided after, by a power of two, which changes no bit in float32; less where that
+    is too much.
+    """
+    size = float(direction.abs().max())
+    exponent = max(math.frexp(size)[1], -100)
+    gradient = torch.zeros(0)
+    for enlarged in (10, 5, 0):
+        scale = 2.0 ** (enlarged - exponent)
+        parts = torch.autograd.grad(student, parameters, scale * direction, retain_graph=True)
+        gradient = torch.cat([part.flatten() for part in parts]) / scale
+        if torch.isfinite(gradient).all():
+            break
+    return gradient
 
 
 class Departures(NamedTuple):
@@ -1282,6 +1300,10 @@ class FeatureLoss:
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses [b], after the student's forward pass, with figures to log."""
         student_maps, dtype = dict(self.student_maps), batch.output.dtype
+        for name, image in student_maps.items():
+            assert len(image) == len(batch.images), (
+                f"{name}: the map of {len(image)} images, not of the batch's {len(batch.images)}"
+            )
         frozen_maps = self.frozen.maps(batch)
         total = torch.zeros_like(batch.output[:, 0])
         figures: dict[str, Tensor] = {}
@@ -1320,7 +1342,7 @@ class FeatureLoss:
         student, teachers, biased = compared
         count = 1 if self.shared[i] else len(teachers)
         adapted = [adapter(student) for adapter in adapters[:count]]
-        weights = torch.ones(len(teachers), len(student)).to(student)
+        weights = student.new_ones(len(teachers), len(student))
         adapter_loss: Tensor | float = 0.0
         if self.settings.feature_weights == "agre" and biased is not None:
             adapted_b = adapters[-1](student.detach())
@@ -1355,12 +1377,14 @@ class FeatureLoss:
         detached = [image.detach() for image in adapted]
         weights = feature_agre(detached, teachers, adapted_b, biased, matrices)
         # A teacher whose parent is the biased model has its very features: their pulls are one.
-        weights[torch.tensor(self.frozen.twins, device=weights.device)] = 0
+        for t, is_twin in enumerate(self.frozen.twins):
+            if is_twin:
+                weights[t] = 0
         return weights
 
     def _elements(self, batch: Batch, i: int, teachers: Sequence[Tensor]) -> Tensor:
         """Weights of samples, channels and positions, to be broadcast to [b, d, h, w]."""
-        elements = torch.ones(()).to(teachers[0])
+        elements = teachers[0].new_ones(())
         if self.settings.feature_weights == "agree":
             elements = agreement(torch.stack([*teachers]))
         elif self.settings.feature_weights == "disagree":
@@ -1369,7 +1393,7 @@ class FeatureLoss:
         if self.settings.feature_dropout:
             channels = np.arange(teachers[0].shape[1])
             draws = hash_uniform(self.seed, Stream.DROPOUT, batch.step, i, channels)
-            kept = torch.from_numpy(draws >= self.settings.feature_dropout).to(teachers[0])
+            kept = batch.runtime.upload(draws >= self.settings.feature_dropout).to(teachers[0])
             elements = elements * kept[:, None, None] / (1 - self.settings.feature_dropout)
         return elements
 
@@ -1751,6 +1775,57 @@ def png(figure: Any, pyplot: Any) -> bytes:
     return buffer.getvalue()
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host such that copying it to the device waits for nothing: copies from any
+    other memory wait until the GPU has done all that it was given."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on the device, without a wait."""
+    return pinned(torch.from_numpy(array), device).to(device, non_blocking=True)
+
+
+# Settings by which accelerate would change the loss or the way of training: values that leave
+# both as they are, and what to use instead.
+PLAIN_LAUNCH = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        ("", "1"), "it would divide the loss; for batches that do not fit, set micro_batch"
+    ),
+    "ACCELERATE_MIXED_PRECISION": (("", "no", "bf16", "fp16"), "use no, bf16 or fp16"),
+    "ACCELERATE_DYNAMO_BACKEND": (("", "no"), "use --compile of grokd"),
+} | {
+    f"ACCELERATE_USE_{name}": (("", "0", "false", "no"), "use accelerate launch --multi_gpu")
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+}
+
+
+def set_gpu_arithmetic(precision: str) -> str:
+    """Set what torch leaves to defaults on NVIDIA GPUs, and put it in words.
+
+    TF32, with float32's range and 10 bits after the point, makes convolutions several times
+    faster. Matrix products are the heads and small networks, where its digits would be missed.
+    cuDNN's benchmark would choose algorithms by their time, so that two runs of one command, or
+    one that was killed and went on, would differ in bits.
+    """
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    if precision == "float64":
+        return "float64; cudnn.benchmark off"
+    mixed = "" if precision == "float32" else f"{precision} by autocast, else "
+    return f"{mixed}float32, TF32 in convolutions alone; cudnn.benchmark off"
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Raise Problem for a setting of the launcher that would change the training."""
+    for name, (plain_values, instead) in PLAIN_LAUNCH.items():
+        value = environment.get(name, "")
+        if value.lower() not in plain_values:
+            raise Problem(f"{name} is {value} in the environment, which grokd does not follow: "
+                          f"{instead}, or unset it.")
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Devices, processes and arithmetic, from accelerate."""
@@ -1760,9 +1835,13 @@ class Runtime:
     shared: bool = False  # do the processes share the batches of one training?
     # State of float16's loss scaler before any training; one scaler serves the whole process.
     new_scaler: Mapping[str, Any] = field(default_factory=dict)
+    local_world: int = 0  # processes on this node, as the launcher says; 0: it does not
 
     @staticmethod
     def start(precision: str) -> Runtime:
+        check_launch(os.environ)
+        # accelerate writes a 1 there on CPUs where the launcher wrote nothing.
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
         mixed = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks wait for stores
         try:
@@ -1776,8 +1855,16 @@ class Runtime:
             precision = names.get(accelerator.mixed_precision, "")
         if not precision:
             raise Problem(f"Mixed precision {accelerator.mixed_precision} is not supported.")
+        if precision == "float16" and accelerator.device.type == "cpu":
+            # accelerate computes in float32 there, without a word; torch knows better.
+            accelerator.native_amp = True
+            accelerator.scaler = torch.amp.GradScaler("cpu")
+        arithmetic = set_gpu_arithmetic(precision)
+        if accelerator.device.type == "cuda":
+            say(f"{torch.cuda.get_device_name(accelerator.device)}: {arithmetic}")
         scaler = accelerator.scaler
-        return Runtime(accelerator, precision, new_scaler=scaler.state_dict() if scaler else {})
+        new_scaler = scaler.state_dict() if scaler else {}
+        return Runtime(accelerator, precision, new_scaler=new_scaler, local_world=local_world)
 
     @property
     def device(self) -> torch.device:
@@ -1796,13 +1883,17 @@ class Runtime:
     def world(self) -> int:
         return self.accelerator.num_processes if self.shared else 1
 
-    @property
     def on_node(self) -> tuple[int, int]:
-        """Place among the processes of this node that share one training, and their number."""
+        """Place among the processes of this node that share one training, and their number.
+
+        All of them must ask: where the launcher does not say it, they tell each other their hosts.
+        """
         if self.world == 1:
             return 0, 1
-        count = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        return self.accelerator.local_process_index, count
+        if self.local_world:
+            return self.accelerator.local_process_index, self.local_world
+        hosts = gather_object([socket.gethostname()])
+        return hosts[: self.rank].count(hosts[self.rank]), hosts.count(hosts[self.rank])
 
     def together(self) -> Runtime:
         """The same for work that all processes share."""
@@ -1814,6 +1905,10 @@ class Runtime:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return self.accelerator.autocast()
+
+    def upload(self, array: np.ndarray) -> Tensor:
+        """An array on the device, without a wait."""
+        return upload(array, self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the processes that share one training."""
@@ -1947,6 +2042,14 @@ def decode(source: Path | np.ndarray | io.BytesIO, size: int, geometry: str) -> 
     return np.asarray(image).transpose(2, 0, 1)
 
 
+class Stored(NamedTuple):
+    """Stored images and how they become a view; on a machine with a GPU in pinned memory."""
+
+    raw: Tensor  # uint8 [B, 3, S, S]
+    transform: Tensor | None = None  # float32 [B, 2, 3], see crop_transforms; None: the centre
+    flips: Tensor | None = None  # bool [B], centres that are mirrored; None: none is
+
+
 BLOCK = 256  # images per checksum, and per step of a prediction
 THREADS = ThreadPoolExecutor(os.cpu_count())  # decode images
 
@@ -2060,26 +2163,45 @@ class Store:
         self.checked.add(place)
 
     def view(
-        self, indices: np.ndarray, device: torch.device, view: int | None = None, seed: int = 0,
-        raw: Tensor | None = None,
+        self, indices: np.ndarray, device: torch.device, view: int | None = None, seed: int = 0
     ) -> Tensor:
         """Images as networks see them: float32 [B, 3, crop, crop] in 0..1, not normalised.
 
         view None is the evaluation view, the centre; otherwise the augmentation of image i is a
-        function of (seed, view, i) alone. `raw` are the stored images, if they are at hand.
+        function of (seed, view, i) alone.
         """
-        batch = torch.from_numpy(self.raw(indices)) if raw is None else raw
-        batch = batch.to(device, non_blocking=True)
-        flips = np.zeros(len(indices), bool)
+        return self.show(self.read(indices, device, view, seed), device)
+
+    def read(
+        self, indices: np.ndarray, device: torch.device, view: int | None = None, seed: int = 0
+    ) -> Stored:
+        """The host's part of `view`, for a thread ahead."""
+        flips, transform = None, None
         if view is not None and self.data.flip:
             flips = random_flips(seed, view, indices)
         if view is not None and self.data.random_crop:
             boxes = random_boxes(seed, view, indices, self.data)
-            images = crop_boxes(batch, boxes, flips, self.data.crop)
+            transform = pinned(crop_transforms(boxes, flips, self.data.size), device)
+            flips = None
+        raw = pinned(torch.from_numpy(self.raw(indices)), device)
+        if flips is None or not flips.any():
+            return Stored(raw, transform)
+        return Stored(raw, transform, pinned(torch.from_numpy(flips), device))
+
+    def show(self, stored: Stored, device: torch.device) -> Tensor:
+        """The device's part of `view`."""
+        raw, transform, flips = (
+            each if each is None else each.to(device, non_blocking=True) for each in stored
+        )
+        assert raw is not None
+        if transform is not None:
+            images = crop_boxes(raw, transform, self.data.crop)
         else:
             start = (self.data.size - self.data.crop) // 2
             middle = slice(start, start + self.data.crop)
-            images = flip_some(batch[:, :, middle, middle].float() / 255, flips)
+            images = raw[:, :, middle, middle].float() / 255
+            if flips is not None:
+                images = torch.where(flips[:, None, None, None], images.flip(3), images)
         return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -2092,7 +2214,7 @@ def flip_some(images: Tensor, flips: np.ndarray) -> Tensor:
     """Images [B, 3, S, S], those of `flips` [B] mirrored."""
     if not flips.any():
         return images
-    chosen = torch.from_numpy(flips).to(images.device)
+    chosen = upload(flips, images.device)
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
@@ -2118,18 +2240,27 @@ def random_boxes(seed: int, view: int, indices: np.ndarray, data: Data) -> np.nd
     return np.stack([left.astype(np.int64), top.astype(np.int64), width, height], 1)
 
 
-def crop_boxes(raw: Tensor, boxes: np.ndarray, flips: np.ndarray, crop: int) -> Tensor:
-    """Boxes [B, 4] of stored images uint8 [B, 3, S, S], resized and flipped: [B, 3, crop, crop]."""
-    size = raw.shape[-1]
+def crop_transforms(boxes: np.ndarray, flips: np.ndarray | None, size: int) -> Tensor:
+    """Boxes [B, 4], mirrored where `flips` [B] says so, as affine maps float32 [B, 2, 3] from the
+    output to the stored square, both in -1..1."""
     left, top, width, height = boxes.T
-    theta = np.zeros((len(boxes), 2, 3), np.float32)  # output -> stored square, in -1..1
-    theta[:, 0, 0] = width / size * np.where(flips, -1, 1)
+    theta = np.zeros((len(boxes), 2, 3), np.float32)
+    theta[:, 0, 0] = width / size
+    if flips is not None:
+        theta[flips, 0, 0] *= -1
     theta[:, 1, 1] = height / size
     theta[:, 0, 2] = (2 * left + width) / size - 1
     theta[:, 1, 2] = (2 * top + height) / size - 1
-    transform = torch.from_numpy(theta).to(raw.device)
-    grid = F.affine_grid(transform, [len(boxes), 3, crop, crop], align_corners=False)
-    images = F.grid_sample(raw.float() / 255, grid, padding_mode="border", align_corners=False)
+    return torch.from_numpy(theta)
+
+
+def crop_boxes(raw: Tensor, transform: Tensor, crop: int) -> Tensor:
+    """Boxes of stored images uint8 [B, 3, S, S], resized: [B, 3, crop, crop]."""
+    # affine_grid is a matrix product: under autocast teachers would see other crops than the
+    # student, by half a pixel.
+    with torch.autocast(raw.device.type, enabled=False):
+        grid = F.affine_grid(transform, [len(raw), 3, crop, crop], align_corners=False)
+        images = F.grid_sample(raw.float() / 255, grid, padding_mode="border", align_corners=False)
     return images.clamp_(0, 1)
 
 
@@ -2711,9 +2842,16 @@ def extract(
     """
     if blocks is None:
         blocks = range(math.ceil(len(indices) / BLOCK))[runtime.rank :: runtime.world]
-    for block in progress_bar(blocks, "predict") if len(blocks) > 20 else blocks:
+
+    def load(block: int) -> tuple[slice, Stored]:
         part = slice(block * BLOCK, min((block + 1) * BLOCK, len(indices)))
-        images = store.view(indices[part], runtime.device, view, seed)
+        return part, store.read(indices[part], runtime.device, view, seed)
+
+    ahead: Any = prefetch(blocks, load)
+    if len(blocks) > 20:
+        ahead = progress_bar(ahead, "predict", total=len(blocks))
+    for block, (part, stored) in ahead:
+        images = store.show(stored, runtime.device)
         with torch.no_grad():
             yield block, part, {key: model.features(images) for key, model in trunks.items()}
 
@@ -2830,7 +2968,10 @@ class Targets:
         path, rows = self.folder / f"{file.name}-{view}", len(self.indices)
         num_blocks = math.ceil(rows / BLOCK)
         try:
-            with open(path, "ab") as opened:  # a full disk is found here: a map could only crash
+            # Not for appending: where the file system cannot allocate, the C library writes zeros
+            # itself, and refuses to on files opened so.
+            with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as opened:
+                # A full disk is found here: a map could only crash.
                 os.posix_fallocate(opened.fileno(), 0, target_bytes(rows, file.row.itemsize))
         except OSError as error:
             raise Problem(
@@ -2852,6 +2993,7 @@ class Targets:
             self.runtime.wait()  # all have looked before any writes
             self._fill(opened, missing, view)
             self.runtime.wait()
+            self._check_filled(opened, missing)
             self.current = [rows for _, rows in opened]
             if missing and self.runtime.rank == 0:
                 self._shrink({f"{file.name}-{view}" for file in self.files})
@@ -2875,7 +3017,7 @@ class Targets:
         """Compute missing blocks, this process's share of them; every node has its own cache."""
         needed = sorted({self.files[i].model for places in missing.values() for i in places})
         trunks = {self.trunk_keys[m]: self.models[m] for m in needed}
-        place, count = self.runtime.on_node
+        place, count = self.runtime.on_node()
         share = sorted(missing)[place::count]
         with self.runtime.autocast():
             for block, part, features in extract(
@@ -2885,6 +3027,23 @@ class Targets:
                     sums, rows = opened[i]
                     rows[part] = self._values(i, features).cpu().numpy()
                     sums[block] = zlib.crc32(rows[part].tobytes())
+
+    def _check_filled(
+        self, opened: Sequence[tuple[np.ndarray, np.ndarray]], missing: Mapping[int, list[int]]
+    ) -> None:
+        """Raise Problem on all processes if a block that was missing is so still on one of them:
+        its logits would be zeros."""
+        still = False
+        for block, places in missing.items():
+            first = block * BLOCK
+            for sums, rows in (opened[i] for i in places):
+                still |= zlib.crc32(rows[first : first + BLOCK].tobytes()) != sums[block]
+        if self.runtime.any(still):
+            raise Problem(
+                f"{self.folder}: targets of some images were computed by no process of their node: "
+                "set LOCAL_WORLD_SIZE to the number of processes on each node, as torchrun and "
+                "accelerate launch do."
+            )
 
     def _values(self, i: int, features: Mapping[str, Tensor]) -> Tensor:
         """What file i holds of images with these features."""
@@ -2936,7 +3095,7 @@ class Targets:
     def logits(self, positions: np.ndarray) -> Tensor:
         """Logits [M, b, C] of places in the training set, on the device."""
         chosen = [logits[positions] for logits in self.current[: len(self.models)]]
-        return torch.from_numpy(np.stack(chosen)).to(self.runtime.device, non_blocking=True)
+        return self.runtime.upload(np.stack(chosen))
 
     def ask(self, images: Tensor) -> Tensor:
         """Logits [M, b, C] of images that no cache can hold."""
@@ -2957,8 +3116,8 @@ class Targets:
         }  # a trunk's features come after its logits
         features = []
         for key in self.trunk_keys:
-            rows = torch.from_numpy(by_trunk[key][positions].astype(np.float32))
-            features.append(rows[:, :, None, None].to(self.runtime.device, non_blocking=True))
+            rows = self.runtime.upload(by_trunk[key][positions].astype(np.float32))
+            features.append(rows[:, :, None, None])
         return features
 
 
@@ -3443,6 +3602,38 @@ def fit(job: Job, runtime: Runtime) -> Progress:
     return progress
 
 
+SMALLEST_SCALE = 2.0**-10  # of float16's losses: it begins with 2^16
+
+
+class Part(NamedTuple):
+    """A micro-batch, read ahead."""
+
+    places: np.ndarray  # [b], in the training set
+    learnt: bool  # if not, it only keeps the process in step with the others
+    stored: Stored  # the images
+    labels: Tensor  # int64 [b]
+    at: Tensor  # int64 [b], the places as a tensor
+
+
+def micro_batches(
+    batch: np.ndarray, rank: int, world: int, size: int
+) -> list[tuple[np.ndarray, bool]]:
+    """A process's share of a total batch in parts of at most `size` (0: one part), each with
+    whether it is learnt from.
+
+    Every process has as many, since batch norm over processes waits for all. A share that is a
+    part short has its last one halved; where that cannot be, an image is shown in vain.
+    """
+    share, largest = batch[rank::world], len(batch[::world])
+    size = size or largest
+    count = math.ceil(largest / size)
+    parts = [share[first : first + size] for first in range(0, len(share), size)]
+    if parts and size > 1 and len(parts) < count:
+        parts[-1:] = np.array_split(parts[-1], 2)
+    in_vain = [(batch[:1], False)] * (count - len(parts))
+    return [(places, True) for places in parts] + in_vain
+
+
 class Training:
     """A training at work: the network as it is wrapped, its optimiser, progress and files."""
 
@@ -3452,11 +3643,16 @@ class Training:
         self.steps_per_epoch = len(self._epoch(0))
         self.model = job.model.to(runtime.device, runtime.dtype).train()
         if runtime.world > 1 and runtime.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.model = with_synchronised_norms(self.model)
         self.network = self.model
         if runtime.world > 1:
-            self.network = runtime.accelerator.prepare_model(self.model)
+            # Not accelerate's prepare_model: it puts autocast into the network's own forward pass,
+            # which `logit_gram` must run without.
+            self.network = nn.parallel.DistributedDataParallel(self.model)
         if self.train.compile:
+            # Else it would reuse what it made of a network of this architecture without taps,
+            # whose maps would then stay those of the first look.
+            torch.compiler.reset()
             self.network = typing.cast(nn.Module, torch.compile(self.network))
         self.optimizer = build_optimizer(self.model, self.train, runtime)
         self.scaler = runtime.accelerator.scaler  # of float16, else None
@@ -3479,41 +3675,43 @@ class Training:
             return 0
         return epoch % self.train.num_views if self.train.num_views else epoch
 
-    def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, list[tuple[np.ndarray, Tensor]]]]:
-        """What is left of an epoch: total batches, with this process's micro-batches, read ahead:
-        places in the training set, stored images."""
+    def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, list[Part]]]:
+        """What is left of an epoch: total batches, with this process's micro-batches, ahead."""
         done = self.progress.step - epoch * self.steps_per_epoch
-        return prefetch(self._epoch(epoch)[done:], self._read)
+        read = functools.partial(self._read, self.view_of(epoch))
+        return prefetch(self._epoch(epoch)[done:], read)
 
-    def _read(self, batch: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
-        share = batch[self.runtime.rank :: self.runtime.world]
-        if not len(share):
-            share = batch[:1]  # it only keeps the process in step, see _accumulate
-        size = self.train.micro_batch or len(share)
+    def _read(self, view: int, batch: np.ndarray) -> list[Part]:
+        """This process's micro-batches: all that a step would else have to wait for."""
+        store, device = self.job.store, self.runtime.device
+        rank, world = self.runtime.rank, self.runtime.world
         parts = []
-        for first in range(0, len(share), size):
-            places = share[first : first + size]
-            raw = torch.from_numpy(self.job.store.raw(self.indices[places]))
-            if self.runtime.device.type == "cuda":
-                raw = raw.pin_memory()
-            parts.append((places, raw))
+        for places, learnt in micro_batches(batch, rank, world, self.train.micro_batch):
+            indices = self.indices[places]
+            if self.job.view:
+                stored = Stored(pinned(torch.from_numpy(store.raw(indices)), device))
+            else:
+                stored = store.read(indices, device, view, self.train.view_seed)
+            labels = pinned(torch.from_numpy(store.labels[indices]), device)
+            at = pinned(torch.from_numpy(places), device)
+            parts.append(Part(places, learnt, stored, labels, at))
         return parts
 
     # One step
 
-    def step(self, view: int, total: int, parts: Sequence[tuple[np.ndarray, Tensor]]) -> None:
+    def step(self, view: int, total: int, parts: Sequence[Part]) -> None:
         """Learn from one batch of `total` images, of which this process has `parts`."""
         rate = learning_rate(self.train, self.progress.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         accelerator = self.runtime.accelerator
-        for number, (places, raw) in enumerate(parts):
+        for number, part in enumerate(parts):
             is_last = number == len(parts) - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.network):
                 torch.manual_seed(
                     seed_of(self.job.seed, self.progress.step, self.runtime.rank, number)
                 )
-                self._accumulate(view, total, places, raw)
+                self._accumulate(view, total, part)
         if self.job.clip:
             accelerator.clip_grad_norm_(self.model.parameters(), self.job.clip)
         self.optimizer.step()
@@ -3524,10 +3722,11 @@ class Training:
         if self.bar is not None:
             self.bar.update()
 
-    def _accumulate(self, view: int, total: int, places: np.ndarray, raw: Tensor) -> None:
+    def _accumulate(self, view: int, total: int, part: Part) -> None:
         """Add the gradients and figures of a micro-batch."""
         job, runtime, progress = self.job, self.runtime, self.progress
-        images, labels = self._inputs(view, places, raw)
+        places = part.places
+        images, labels = self._inputs(view, part)
         if self.board and progress.step == 0:
             self.board.add_images("images", images[:16], 0)
         batch = Batch(
@@ -3539,23 +3738,24 @@ class Training:
         per_sample, figures = job.losses(replace(batch, output=output))
         # DDP averages over processes, hence their number.
         loss = per_sample.sum() * (runtime.world / total)
-        counts = runtime.rank < total
-        runtime.accelerator.backward(loss if counts else 0 * loss)
-        if not counts:
-            return
-        at = torch.from_numpy(places).to(runtime.device)
-        progress.current[at] = per_sample.detach().to(progress.current)
+        runtime.accelerator.backward(loss if part.learnt else 0 * loss)
+        if part.learnt:
+            at = part.at.to(runtime.device, non_blocking=True)
+            progress.current[at] = per_sample.detach().to(progress.current)
         for name, value in (figures | {"loss": per_sample}).items():
-            progress.sums[name] = progress.sums.get(name, 0) + value.detach().double().sum(-1)
+            figure = value.detach().double().sum(-1)
+            if not part.learnt:  # every process must have every sum, to add them up
+                figure = torch.zeros_like(figure)
+            progress.sums[name] = progress.sums.get(name, 0) + figure
 
-    def _inputs(self, view: int, places: np.ndarray, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels of places in the training set, mixed if the recipe says so."""
-        store, device, indices = self.job.store, self.runtime.device, self.indices[places]
+    def _inputs(self, view: int, part: Part) -> tuple[Tensor, Tensor]:
+        """Images and labels of a micro-batch, mixed if the recipe says so."""
+        store, device = self.job.store, self.runtime.device
         if self.job.view:
-            images = self.job.view(indices, raw, view)
+            images = self.job.view(self.indices[part.places], part.stored.raw, view)
         else:
-            images = store.view(indices, device, view, self.train.view_seed, raw)
-        labels = torch.from_numpy(store.labels[indices]).to(device)
+            images = store.show(part.stored, device)
+        labels = part.labels.to(device, non_blocking=True)
         if self.train.mix == "none":
             return images, labels
         from torchvision.transforms import v2
@@ -3574,11 +3774,20 @@ class Training:
         return step % 20 == 0 or step % self.steps_per_epoch == 0
 
     def check_loss(self) -> None:
-        """Raise Problem if the sum of losses is not finite."""
-        if self.at_check and not torch.isfinite(self.progress.sums["loss"]):
+        """Raise Problem, on all processes, if the sum of losses is not finite, or float16 skips
+        every step."""
+        if not self.at_check:
+            return
+        name, step = self.job.artefact.name, self.progress.step
+        loss = self.runtime.sum(self.progress.sums["loss"]).item()
+        if not math.isfinite(loss):
+            raise Problem(f"{name}: the loss is {loss} by step {step:,}: lower its lr.")
+        # A step with infinite gradients is skipped, and the scale halved: that is no harm unless
+        # it goes on.
+        if self.scaler and self.scaler.get_scale() < SMALLEST_SCALE:
             raise Problem(
-                f"{self.job.artefact.name}: the loss is {self.progress.sums['loss'].item()} by "
-                f"step {self.progress.step:,}: lower its lr."
+                f"{name}: gradients are not finite in float16 by step {step:,}, however small the "
+                "scale of the loss: lower its lr, or use --precision bfloat16."
             )
 
     def save_if_late(self) -> None:
@@ -3709,6 +3918,20 @@ def learning_rate(train: Train, step: int, steps_per_epoch: int) -> float:
     if train.schedule == "constant":
         return train.lr
     return train.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def with_synchronised_norms(model: nn.Module) -> nn.Module:
+    """The model with batch norm over all processes; taps on such layers stay."""
+    hooks = {
+        name: [*module._forward_hooks.values()]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for name, each in hooks.items():
+        for hook in each:  # they belong to the modules that were replaced
+            model.get_submodule(name).register_forward_hook(hook)
+    return model
 
 
 def build_optimizer(model: nn.Module, train: Train, runtime: Runtime) -> Any:

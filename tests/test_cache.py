@@ -190,13 +190,13 @@ def test_interrupted_or_damaged_blocks_are_computed_again(
     content[-3] ^= 255
     path.write_bytes(content)
     blocks: list[int] = []
-    view = Store.view
+    read = Store.read
 
-    def counted(self: Store, indices: np.ndarray, *more: Any) -> torch.Tensor:
+    def counted(self: Store, indices: np.ndarray, *more: Any) -> grokd.Stored:
         blocks.append(len(indices))
-        return view(self, indices, *more)
+        return read(self, indices, *more)
 
-    monkeypatch.setattr(Store, "view", counted)
+    monkeypatch.setattr(Store, "read", counted)
     make(network(0)).prepare(0)
     assert blocks == [8]
     assert files(whole) == before

@@ -21,7 +21,7 @@ from grokd import Batch, Classifier, Compared, Data, Distill, FeatureLoss, Input
 
 
 def runtime(total: int = 1) -> Any:
-    return SimpleNamespace(world=1, rank=0, sum=lambda tensor: tensor)
+    return SimpleNamespace(world=1, rank=0, sum=lambda tensor: tensor, upload=torch.from_numpy)
 
 
 def build(settings: Distill, student: str, teachers: list[str], biased: str = "", side: int = 16,

@@ -94,7 +94,6 @@ def speed(folder: str, runs: int) -> list[list[str]]:
     artefact = Artefact("bench", Path(folder) / "bench.safetensors", "bench", {}, {})
     batches = grokd.epoch_batches(len(indices), BATCH, 0, 0)[:steps]
     places = batches[0]
-    raw = torch.from_numpy(store.raw(indices[places]))
     images = store.view(indices[places], runtime.device, 0)
     labels = torch.from_numpy(store.labels[indices[places]])
 
@@ -102,8 +101,16 @@ def speed(folder: str, runs: int) -> list[list[str]]:
         train = Train(batch_size=BATCH)
         return Training(Job(artefact, student, settings, train, store, 0, losses), runtime)
 
-    def step(work: Training, batch: np.ndarray = places, stored: Tensor = raw) -> None:
-        work.step(0, len(batch), [(batch, stored)])
+    def read(batch: np.ndarray) -> list[grokd.Part]:
+        indices_here = indices[batch]
+        labels_here = torch.from_numpy(store.labels[indices_here])
+        stored = store.read(indices_here, runtime.device, 0)
+        return [grokd.Part(batch, True, stored, labels_here, torch.from_numpy(batch))]
+
+    ready = read(places)
+
+    def step(work: Training, batch: np.ndarray = places, parts: Any = ready) -> None:
+        work.step(0, len(batch), parts)
 
     def bare() -> None:
         torch.nn.functional.cross_entropy(student(images), labels).backward()
@@ -123,11 +130,8 @@ def speed(folder: str, runs: int) -> list[list[str]]:
         return grokd.weighted_kd(batch.output, logits[:-1], shares, TAU), {}
 
     def epoch() -> None:
-        def load(batch: np.ndarray) -> Tensor:
-            return torch.from_numpy(store.raw(indices[batch]))
-
-        for batch, stored in grokd.prefetch(batches, load):
-            step(ours, batch, stored)
+        for batch, parts in grokd.prefetch(batches, read):
+            step(ours, batch, parts)
 
     def bare_epoch() -> None:
         for _ in batches:
