@@ -6270,7 +6270,18 @@ class Flags:
             if name not in self.every:
                 hint = suggest(name, [*self.every])
                 raise Problem(f"Unknown {self.choice.flag} {name!r}{hint}")
-        return names
+        return names or [*self.every]
+
+    def change_each(self) -> bool:
+        """Does a flag concern the students or sets? If not, there is no need to parse for each."""
+        if not self.choice:
+            return False
+        prefix = "" if FLAT in typing.get_args(self.kinds[self.choice.section]) else "distill"
+        options = {arg.partition("=")[0].replace("_", "-") for arg in self.args}
+        options = {re.sub(r"(--|\.)no-", r"\1", option) for option in options}
+        section = next(iter(self.every.values()))
+        names = (setting.name.replace("_", "-") for setting in settings_in(section, prefix))
+        return any(f"--{name}" in options for name in names)
 
     def parse(self, name: str = "") -> tuple[Any, Any]:
         """Defaults, with the values of one student or set, and the flags on top of them."""
@@ -6291,8 +6302,7 @@ def apply_flags(
     if flags.choice and not flags.every:
         raise Problem(f"The recipe {name} names no {flags.choice.part}.")
     names = flags.picked() if flags.choice else [""]
-    parsed = [flags.parse(each) for each in names]
-    default, given = parsed[0]
+    default, given = flags.parse(names[0])
     if changes := differences(flatten(default), flatten(given)):
         say(f"Flags over the recipe: {changes}")
     check(given.common, Common, "flags")
@@ -6304,10 +6314,11 @@ def apply_flags(
         warn_without_effect([(getattr(recipe, key), section)], key)
     new_names: dict[str, str] = {}
     if flags.choice:
-        pairs = [
-            (getattr(default, flags.choice.section), getattr(given, flags.choice.section))
-            for default, given in parsed
-        ]
+        pairs = [(flags.every[each], flags.every[each]) for each in names]
+        if flags.change_each():
+            section = flags.choice.section
+            parsed = [flags.parse(each) for each in names]
+            pairs = [tuple(getattr(each, section) for each in pair) for pair in parsed]
         warn_without_effect(pairs, ", ".join(names))
         new_names = {
             name: changed_name(name, *pair) for name, pair in zip(names, pairs, strict=True)

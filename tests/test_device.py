@@ -169,7 +169,8 @@ def test_nodes_are_told_apart_without_a_launcher_that_counts_their_processes() -
             runtime = grokd.Runtime.start("float32").together()
             place = runtime.on_node()
             os.write(1, " ".join(map(str, ["PLACE", *names, rank, *place, "\\n"])).encode())
-        runtime.accelerator.end_training()
+        runtime.accelerator.wait_for_everyone()
+        os._exit(0)  # threads of a network that still stands may abort the end
         """,
         launcher=TWO,
     )
@@ -238,7 +239,8 @@ def test_gram_of_shared_training_is_computed_in_full_precision(store: Store) -> 
             torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-6)
         learn(training, 3)
         os.write(1, b"PASSED\\n")
-        runtime.accelerator.end_training()
+        runtime.accelerator.wait_for_everyone()
+        os._exit(0)  # threads of a network that still stands may abort the end
         """,
         launcher=TWO,
     )
@@ -396,7 +398,8 @@ def test_loss_that_is_not_finite_on_one_process_stops_all(store: Store) -> None:
             training.check_loss()
         except Problem as problem:
             os.write(1, f"{{problem}}\\n".encode())
-        runtime.accelerator.end_training()
+        runtime.accelerator.wait_for_everyone()
+        os._exit(0)  # threads of a network that still stands may abort the end
         """,
         launcher=TWO,
     )
@@ -581,7 +584,8 @@ def test_shared_compiled_student_with_taps_and_micro_batches_equals_one_alone(
         for name, value in learn(shared, 3).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
         os.write(1, b"PASSED\\n")
-        together.accelerator.end_training()
+        together.accelerator.wait_for_everyone()
+        os._exit(0)  # threads of a network that still stands may abort the end
         """,
         launcher=TWO,
     )
