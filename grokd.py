@@ -5415,10 +5415,12 @@ def score_rows(
 def headroom(
     ensemble: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]], ctx: Context
 ) -> dict[str, Any]:
-    """What averaging loses: mean WGA of an ensemble's teachers and of AVER's student (ours).
+    """What averaging loses: WGA of the teachers that depart, and of AVER's student (ours).
 
+    The teachers' is the mean by the weights of `departure`, so that biased ones do not count.
     Empty if no student of it is plain AVER.
     """
+    weights = [teacher["weight"] for teacher in ensemble["teachers"]]
     wga = {member["name"]: member["wga"] for members in rows.values() for member in members}
     teachers = [wga.get(teacher["name"]) for teacher in ensemble["teachers"]]
     for name in ensemble["students"]:
@@ -5427,8 +5429,8 @@ def headroom(
         students = [member["wga"] for member in rows.get(name, [])]
         present = [each for each in teachers if each is not None]
         if student == plain_average and students and len(present) == len(teachers):
-            means = {"teachers": float(np.mean(present)), "average": float(np.mean(students))}
-            return {"student": name} | means
+            weighted = float(np.average(present, weights=weights))
+            return {"student": name, "teachers": weighted, "average": float(np.mean(students))}
     return {}
 
 
@@ -5877,8 +5879,8 @@ def ensemble_text(ensemble: Mapping[str, Any]) -> str:
         difference = room["teachers"] - room["average"]
         loss = f"loses {difference:.1f} points" if difference > 0 else "loses nothing"
         parts.append(
-            f"Headroom: the teachers' mean WGA is {room['teachers']:.1f}, that of "
-            f"{room['student']} {room['average']:.1f}: averaging them {loss}."
+            f"Headroom: the teachers' WGA, by the weights of departure, is {room['teachers']:.1f}, "
+            f"that of {room['student']} {room['average']:.1f}: averaging them {loss}."
         )
     return "\n\n".join(parts)
 

@@ -216,9 +216,11 @@ def test_run_ends_with_the_student_to_ship_and_reports_the_teachers(
     ensemble, = results["ensembles"]
     assert ensemble["students"] == ["average", "departure"]
     wga = {row["name"]: [m["wga"] for m in row["members"]] for row in results["rows"]}
-    assert ensemble["headroom"]["teachers"] == pytest.approx(np.mean(wga["teachers, DFR"]))
+    shares = [teacher["weight"] for teacher in ensemble["teachers"]]
+    expected = sum(w * x for w, x in zip(shares, wga["teachers, DFR"], strict=True))
+    assert ensemble["headroom"]["teachers"] == pytest.approx(expected)
     assert ensemble["headroom"]["average"] == pytest.approx(np.mean(wga["average"]))
-    assert "Headroom: the teachers' mean WGA is" in report
+    assert "Headroom: the teachers' WGA, by the weights of departure, is" in report
     history = json.loads(
         (images / "runs/tiny/students/departure/seed0/model.history.json").read_text())
     weights = [teacher["weight"] for teacher in ensemble["teachers"]]

@@ -49,12 +49,19 @@ def wga_of(results: dict[str, Any]) -> dict[str, np.ndarray]:
             for row in results["rows"]}
 
 
-def teachers_mean(wga: dict[str, np.ndarray], share: float) -> np.ndarray:
-    """Mean WGA of the teachers of each ensemble, the first of them refitted."""
+def teachers_wga(results: dict[str, Any], share: float) -> tuple[np.ndarray, np.ndarray]:
+    """WGA of the teachers of each ensemble, the first of them refitted: plain mean, and mean by
+    the weights of departure."""
+    wga = wga_of(results)
     refitted = wga["teachers, DFR"].reshape(-1, NUM_TEACHERS)
     plain = wga["teachers, ERM"].reshape(-1, NUM_TEACHERS)
     count = round(share * NUM_TEACHERS)
-    return np.concatenate([refitted[:, :count], plain[:, count:]], 1).mean(1)
+    teachers = np.concatenate([refitted[:, :count], plain[:, count:]], 1)
+    weights = []
+    for ensembles in results["by_ensemble"]:
+        of_share = next(e for e in ensembles if f"average-{share}" in e["students"])
+        weights.append([teacher["weight"] for teacher in of_share["teachers"]])
+    return teachers.mean(1), (teachers * np.array(weights)).sum(1)
 
 
 def by_selection(results: dict[str, Any], wga: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -75,11 +82,14 @@ def table_of_wga(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         return [grokd.mean_cell(each.tolist()) for each in values]
 
     header = ["WGA by share of refitted teachers", *(f"{share:g}" for share in SHARES)]
-    teachers = [teachers_mean(wga, share) for share in SHARES]
+    teachers = [teachers_wga(results, share) for share in SHARES]
     average = [wga[f"average-{share}"] for share in SHARES]
-    rows = [["teachers, mean", *cells(teachers)]]
-    room = [t - a for t, a in zip(teachers, average, strict=True)]
-    rows.append(["headroom: teachers − AVER", *cells(room)])
+    room = [t[1] - a for t, a in zip(teachers, average, strict=True)]
+    rows = [
+        ["teachers, mean", *cells([mean for mean, _ in teachers])],
+        ["teachers, mean by departure", *cells([weighted for _, weighted in teachers])],
+        ["headroom: the latter − AVER", *cells(room)],
+    ]
     for name, label in NAMES.items():
         rows.append([label, *cells([wga[f"{name}-{share}"] for share in SHARES])])
     for name, label in NAMES.items():
@@ -113,12 +123,12 @@ def draw_gain(results: dict[str, Any]) -> bytes:
     for axis, name in zip(axes, ("agre", "departure"), strict=True):
         for i, share in enumerate(SHARES):
             average = wga[f"average-{share}"]
-            room = teachers_mean(wga, share) - average
+            room = teachers_wga(results, share)[1] - average
             gain = wga[f"{name}-{share}"] - average
             axis.scatter(room, gain, color=colours(i), s=24, label=f"{share:g} refitted")
         axis.axhline(0, color="0.7", zorder=0)
         axis.axvline(0, color="0.7", zorder=0)
-        axis.set_xlabel("headroom: teachers' mean WGA − AVER's")
+        axis.set_xlabel("headroom: departing teachers' WGA − AVER's")
         axis.set_title(f"{NAMES[name]} − AVER", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("gain in WGA, points")
