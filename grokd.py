@@ -3976,6 +3976,7 @@ def append_losses(folder: Path, losses: Tensor) -> None:
     """Add the per-sample losses [N] of a finished epoch."""
     path = folder / LOSSES
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
             file.write(losses.float().cpu().numpy().tobytes())
             file.flush()

@@ -607,6 +607,15 @@ def test_checkpoint_does_not_carry_the_losses_of_earlier_epochs(
     assert torch.equal(*losses)
 
 
+def test_losses_are_appended_cut_and_read(tmp_path: Path) -> None:
+    for epoch in range(3):
+        grokd.append_losses(tmp_path / "new", torch.full((2,), float(epoch)))
+    assert grokd.read_losses(tmp_path / "new", 2).tolist() == [[0, 0], [1, 1], [2, 2]]
+    grokd.cut_losses(tmp_path / "new", 1, 2)
+    assert grokd.read_losses(tmp_path / "new", 2).tolist() == [[0, 0]]
+    assert grokd.read_losses(tmp_path / "none", 2).shape == (0, 2)
+
+
 def test_loss_scaler_is_saved_and_starts_anew_with_each_model(
     images: Path, monkeypatch: pytest.MonkeyPatch, command: Grokd
 ) -> None:
