@@ -200,8 +200,9 @@ recipe = replace(recipe, students={
 
 
 def test_run_ends_with_the_student_to_ship_and_reports_the_teachers(
-    images: Path, grokd_process: Run
+    images: Path, grokd_process: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(images)
     recipe = (images / "tiny.py").read_text() + STUDENTS
     (images / "tiny.py").write_text(recipe)
     printed = grokd_process("run", "tiny.py", cwd=images).stdout
