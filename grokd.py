@@ -73,7 +73,7 @@ import traceback
 import types
 import typing
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, is_dataclass, replace
 from datetime import timedelta
@@ -206,7 +206,7 @@ class Row(NamedTuple):
 
     image: Path | np.ndarray  # a file, or a uint8 array [H, W] or [H, W, 3]
     label: int  # core class y, 0..C-1
-    attribute: int  # spurious attribute a, 0..A-1; 0 everywhere if it is unknown
+    attribute: int  # spurious attribute a, 0..A-1; -1 where a training image's is unknown
     split: str  # "train", "val" or "test"
 
 
@@ -223,8 +223,9 @@ class Data:
     image_column: Annotated[str, Mark.INERT] = "image"
     # Column with the class: 0, 1, ... or names.
     label_column: Annotated[str, Mark.INERT] = "label"
-    # Column with the spurious attribute: 0, 1, ... or names. Empty if you have none: groups are
-    # then classes, and DFR balances classes only (CB-LLR).
+    # Column with the spurious attribute: 0, 1, ... or names; training images may leave it empty.
+    # Without such a column give "": groups are then classes, and DFR balances classes only
+    # (CB-LLR).
     attribute_column: Annotated[str, Mark.INERT] = "attribute"
     # Column that says which split an image belongs to.
     split_column: Annotated[str, Mark.INERT] = "split"
@@ -1611,14 +1612,23 @@ COLUMNS = {
 }
 
 
+def shown_columns(scores: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The columns in which one of the scores has a figure."""
+    every = [*scores]
+    return {
+        key: title for key, title in COLUMNS.items()
+        if any(each.get(key) is not None for each in every)
+    }
+
+
 def group_scores(
     correct: np.ndarray, groups: np.ndarray, train_counts: np.ndarray
 ) -> dict[str, Any]:
     """Accuracies, in per cent, of predictions that are right (True) or wrong, by group.
 
     mean: over samples. group_mean: over groups. adjusted_mean: groups weighted by their share of
-    training (what the DFR papers print). wga: the worst group. Groups without samples are None
-    and left out of every average.
+    training (what the DFR papers print), None where no group of training is counted. wga: the
+    worst group. Groups without samples are None and left out of every average.
     """
     sizes = np.bincount(groups, minlength=len(train_counts))
     hits = np.bincount(groups, weights=correct, minlength=len(train_counts))
@@ -1627,6 +1637,7 @@ def group_scores(
     shares = train_counts[present].astype(float)
     if not shares.sum():
         shares = np.ones_like(shares)
+    adjusted = float((accuracy * shares).sum() / shares.sum())
     by_group: list[float | None] = [None] * len(sizes)
     for group, value in zip(np.flatnonzero(present), accuracy, strict=True):
         by_group[group] = float(value)
@@ -1634,7 +1645,7 @@ def group_scores(
         "wga": float(accuracy.min()),
         "mean": float(100 * np.mean(correct)),
         "group_mean": float(accuracy.mean()),
-        "adjusted_mean": float((accuracy * shares).sum() / shares.sum()),
+        "adjusted_mean": adjusted if train_counts.any() else None,
         "groups": by_group,
     }
 
@@ -1652,9 +1663,9 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), deviation
 
 
-def score_cells(scores: Mapping[str, Any]) -> list[str]:
+def score_cells(scores: Mapping[str, Any], columns: Iterable[str]) -> list[str]:
     """One model's averages and group accuracies, for a table."""
-    values = [scores[key] for key in COLUMNS] + scores["groups"]
+    values = [scores.get(key) for key in columns] + scores["groups"]
     return ["–" if value is None else f"{value:.1f}" for value in values]
 
 
@@ -1995,7 +2006,15 @@ def read_table(path: Path, data: Data) -> list[dict[str, str]]:
     if not records:
         raise Problem(f"{path} has no rows.")
     for line, record in enumerate(records, 2):
-        if any(record[column] in (None, "") for column in needed):
+        missing = [column for column in needed if record[column] in (None, "")]
+        is_training = record[data.split_column] == data.split_codes[0]
+        if missing == [data.attribute_column] and not is_training:
+            raise Problem(
+                f"{path}, line {line}: {data.attribute_column!r} is missing, which only training "
+                "images may lack: fill it in for validation and test, or set attribute_column = '' "
+                "to do without (groups can be inferred, see DFR.groups)."
+            )
+        if missing and missing != [data.attribute_column]:
             raise Problem(f"{path}, line {line}: a value of {', '.join(needed)} is missing.")
         if record[data.split_column] not in data.split_codes:
             raise Problem(
@@ -2009,18 +2028,20 @@ def read_table(path: Path, data: Data) -> list[dict[str, str]]:
 def column_codes(
     path: Path, column: str, records: Sequence[Mapping[str, str]], names: tuple[str, ...]
 ) -> list[int]:
-    """The numbers a column holds, or the places of its words in `names` (else in sorted order)."""
-    values = [record[column] for record in records]
-    if all(value.isdecimal() for value in values):
-        return [int(value) for value in values]
-    order = list(names) or sorted(set(values))
+    """The numbers a column holds, or the places of its words in `names` (else in sorted order);
+    -1 for what it leaves empty."""
+    values = [record[column] or "" for record in records]
+    words = sorted({*values} - {""})
+    if all(word.isdecimal() for word in words):
+        return [int(value or -1) for value in values]
+    order = list(names) or words
     for line, value in enumerate(values, 2):
-        if value not in order:
+        if value and value not in order:
             raise Problem(
                 f"{path}, row {line}: column {column!r} holds {value!r}, which is not one of "
                 f"{', '.join(order)}."
             )
-    return [order.index(value) for value in values]
+    return [order.index(value) if value else -1 for value in values]
 
 
 def decode(source: Path | np.ndarray | io.BytesIO, size: int, geometry: str) -> np.ndarray:
@@ -2070,7 +2091,7 @@ class Store:
     offsets: list[int]  # where each file begins and the last one ends; empty if decoded
     checksums: list[int]  # CRC-32 of each BLOCK of images, or of each file
     labels: np.ndarray  # int64 [N]
-    attributes: np.ndarray  # int64 [N]
+    attributes: np.ndarray  # int64 [N], -1 where it is unknown, in training
     splits: np.ndarray  # int8 [N], places in SPLITS
     checked: set[int] = field(default_factory=set)
     extra: np.ndarray | None = None  # uint8 [K, 3, S, S], generated images behind those stored
@@ -2090,7 +2111,8 @@ class Store:
         class_names, attribute_names = self.data.class_names, self.data.attribute_names
         if aligned:
             attribute_names = ("aligned", "conflicting")
-            self.attributes = (self.attributes != self.labels).astype(np.int64)
+            conflicting = (self.attributes != self.labels).astype(np.int64)
+            self.attributes = np.where(self.attributes < 0, -1, conflicting)
         self.num_classes = max(int(self.labels.max()) + 1, len(class_names))
         self.num_attributes = max(int(self.attributes.max()) + 1, len(attribute_names))
         class_names = class_names or tuple(f"class {y}" for y in range(self.num_classes))
@@ -2102,7 +2124,8 @@ class Store:
             if len(names) != count:
                 raise Problem(f"Data.{kind} has {len(names)} names, but the data have {count}.")
         self.class_names = class_names
-        self.cells = self.labels * self.num_attributes + self.attributes
+        cells = self.labels * self.num_attributes + self.attributes
+        self.cells = np.where(self.attributes < 0, -1, cells)
         self.cell_names = [*class_names]
         if self.num_attributes > 1:
             self.cell_names = [f"{y}, {a}" for y in class_names for a in attribute_names]
@@ -2120,17 +2143,25 @@ class Store:
             refitting.append(members[permutation(len(members), cell)][:count])
         self.parts["reweighting"] = np.sort(np.concatenate(refitting))
         self.parts["selection"] = np.setdiff1d(val, self.parts["reweighting"])
-        self.sizes = {
-            name: np.bincount(self.groups[part], minlength=len(self.group_names))
-            for name, part in self.parts.items()
-        }
+        self.sizes = {name: self._group_sizes(part) for name, part in self.parts.items()}
+
+    def _group_sizes(self, part: np.ndarray) -> np.ndarray:
+        groups = self.groups[part]
+        if groups.min(initial=0) < 0:
+            return np.zeros(len(self.group_names), np.int64)
+        return np.bincount(groups, minlength=len(self.group_names))
+
+    @property
+    def num_unknown(self) -> int:
+        """Training images whose attribute is unknown."""
+        return int((self.attributes < 0).sum())
 
     def split(self, name: str) -> np.ndarray:
         """Indices of a split; `reweighting` and `selection` are the two parts of validation."""
         return self.parts[name]
 
     def counts(self, name: str) -> np.ndarray:
-        """Images per group of a split: int64 [G]."""
+        """Images per group of a split: int64 [G]. None is counted where one is unknown."""
         return self.sizes[name]
 
     def raw(self, indices: np.ndarray) -> np.ndarray:
@@ -2320,7 +2351,8 @@ def open_store(data: Data, root: str) -> Store:
     if not rows:
         raise Problem("The recipe's reader returned no images.")
     for row in rows:
-        if row.split not in SPLITS or row.label < 0 or row.attribute < 0:
+        least = -1 if row.split == "train" else 0
+        if row.split not in SPLITS or row.label < 0 or row.attribute < least:
             raise Problem(f"The recipe's reader returned {row!r}: see grokd.Row for what it means.")
     encoded = store_bytes(len(rows), data.size) > data.max_store_gb * 1e9
     form = "encoded" if encoded else [data.size, data.geometry]
@@ -4025,7 +4057,8 @@ def log_settings(board: Any, settings: Mapping[str, Any], last: Mapping[str, Any
 
     texts = {name: str(value) for name, value in settings.items()}
     board.add_text("settings", table(["setting", "value"], [*texts.items()]))
-    final = {f"final/{key}": last[key] for key in (*COLUMNS, "loss") if key in last}
+    known = [key for key in (*COLUMNS, "loss") if last.get(key) is not None]
+    final = {f"final/{key}": last[key] for key in known}
     for summary in hparams(texts, final):
         board.file_writer.add_summary(summary)
 
@@ -4090,15 +4123,17 @@ def run_teachers(ctx: Context) -> None:
         train_teacher(i, ctx, runtime)
         refit_teacher(i, ctx, runtime)
     ctx.runtime.accelerator.wait_for_everyone()
-    rows = []
+    scores = {}
     for i in range(count):
         arch = ctx.recipe.teachers.of(i).arch[0]
         for head, name in (("erm", "ERM"), ("dfr", ctx.store.refit_name)):
             metadata = read_metadata(ctx.teacher(i, head).path)
-            rows.append([f"{i} {arch} {name}", *score_cells(json.loads(metadata["metrics"]))])
+            scores[f"{i} {arch} {name}"] = json.loads(metadata["metrics"])
+    columns = shown_columns(scores.values())
+    rows = [[name, *score_cells(each, columns)] for name, each in scores.items()]
     alone = ctx.store.data.reweighting < 1
     part = "selection part" if alone else "on which heads were fitted"
-    header = ["teacher", *COLUMNS.values(), *ctx.store.group_names]
+    header = ["teacher", *columns.values(), *ctx.store.group_names]
     say(f"\nTeachers, validation ({part}), per cent:", table(header, rows), "")
     if "distill" not in ctx.makes:  # which prints it too
         print_departures(ctx)
@@ -5514,7 +5549,11 @@ def describe_run(ctx: Context) -> dict[str, Any]:
         store.group_names, store.counts(recipe.eval.split), store.counts("train"), strict=True
     )
     groups = [
-        {"name": name, "images": int(scored), "train_images": int(trained)}
+        {
+            "name": name,
+            "images": int(scored),
+            "train_images": None if store.num_unknown else int(trained),
+        }
         for name, scored, trained in sizes
     ]
     return {"about": origin(ctx.runtime.accelerator.num_processes) | about, "groups": groups}
@@ -5707,7 +5746,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
     published = {key for row in results["rows"] for key in row["published"]}
     published_columns = [key for key in COLUMNS if key in published]
     names = [group["name"] for group in results["groups"]]
-    header = ["", "models", *COLUMNS.values(), *names]
+    columns = shown_columns(member for row in results["rows"] for member in row["members"])
+    header = ["", "models", *columns.values(), *names]
     if against:
         header.append(f"WGA − {baseline}'s")
     header += [f"published {COLUMNS[key]}" for key in published_columns]
@@ -5715,7 +5755,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
     for row in results["rows"]:
         members = row["members"]
         line = [row["name"], str(len(members))]
-        line += [mean_cell([member[key] for member in members]) for key in COLUMNS]
+        line += [mean_cell([member.get(key) for member in members]) for key in columns]
         line += [mean_cell([m["groups"][g] for m in members]) for g in range(len(names))]
         if against:
             paired = [wga - against[s] for s, wga in wga_by_seed(row).items() if s in against]
@@ -5779,12 +5819,14 @@ def summary(results: Mapping[str, Any]) -> str:
     about, groups = results["about"], results["groups"]
     split = about["split"]
     least = min(group["images"] for group in groups if group["images"])
+    adjusted = "; adjusted mean: groups weighted by their share of the training images"
+    if groups[0]["train_images"] is None:
+        adjusted = ""
     parts = [
         f"# {about['recipe']}: accuracy by group, {split} images, per cent",
         "Mean ± sample standard deviation over models. WGA: worst-group accuracy; mean: over "
-        "images; group mean: over groups; adjusted mean: groups weighted by their share of the "
-        f"training images. One image of the smallest group is {100 / least:.3f} points of its "
-        "accuracy.",
+        f"images; group mean: over groups{adjusted}. One image of the smallest group is "
+        f"{100 / least:.3f} points of its accuracy.",
         summary_table(results),
     ]
     empty = [
@@ -5792,7 +5834,7 @@ def summary(results: Mapping[str, Any]) -> str:
         ("Groups without training images", "train_images"),
     ]
     for words, key in empty:
-        absent = [group["name"] for group in groups if not group[key]]
+        absent = [group["name"] for group in groups if group[key] == 0]
         if absent:
             parts.append(f"{words}: {'; '.join(absent)}.")
     if results.get("choice"):
@@ -5807,12 +5849,13 @@ def report(results: Mapping[str, Any]) -> str:
     """results.json as Markdown: summary, probes, groups, every model, where it comes from."""
     about, groups = results["about"], results["groups"]
     names = [group["name"] for group in groups]
-    sizes = [[g["name"], str(g["images"]), str(g["train_images"])] for g in groups]
-    single = [
-        [member["name"], *score_cells(member)]
-        for row in results["rows"]
-        for member in row["members"]
+    sizes = [
+        [g["name"], *("–" if g[key] is None else str(g[key]) for key in ("images", "train_images"))]
+        for g in groups
     ]
+    members = [member for row in results["rows"] for member in row["members"]]
+    columns = shown_columns(members)
+    single = [[member["name"], *score_cells(member, columns)] for member in members]
     parts = [summary(results).rstrip()]
     if results["probes"]:
         parts += [
@@ -5831,7 +5874,7 @@ def report(results: Mapping[str, Any]) -> str:
         ]
     parts += [
         "## Groups", table(["group", about["split"], "train"], sizes),
-        "## Every model", table(["model", *COLUMNS.values(), *names], single),
+        "## Every model", table(["model", *columns.values(), *names], single),
     ]
     student_seeds = ", ".join(map(str, about["seeds"]))
     teacher_seeds = ", ".join(map(str, about["teacher_seeds"]))
@@ -6018,6 +6061,20 @@ def sections_of(recipe: Recipe) -> Iterator[tuple[str, Distill | Augment]]:
         yield f"students[{key!r}]", student
     for key, images in recipe.augments.items():
         yield f"augments[{key!r}]", images
+
+
+def check_attributes(recipe: Recipe, store: Store) -> None:
+    """Raise Problem for what needs the attribute of every training image, where some have none."""
+    if not store.num_unknown:
+        return
+    lacking = f"needs the attribute of every training image, and {store.num_unknown:,} have none"
+    for key, student in recipe.students.items():
+        if student.rebalance == "groups":
+            raise Problem(
+                f"students[{key!r}].rebalance = 'groups' {lacking}: use 'classes' or 'tab'."
+            )
+    if recipe.eval.split == "train":
+        raise Problem(f"eval.split = 'train' {lacking}: score val, selection or test.")
 
 
 def check_no_selection(recipe: Recipe, name: str) -> None:
@@ -6454,6 +6511,7 @@ def command_line(argv: Sequence[str]) -> None:
     began = time.monotonic()
     runtime = Runtime.start(common.precision)
     store = open_store(recipe.data, recipe.root)
+    check_attributes(recipe, store)
     makes = ["teachers", "bias-model", "distill", "augment"] if command == "run" else [command]
     ctx = Context(
         name, recipe, store, Path(common.out), runtime, common, makes,
@@ -6490,6 +6548,10 @@ def group_table(store: Store) -> str:
     rows = []
     for g, group in enumerate(store.group_names):
         rows.append([group, *(str(count[g]) for count in counts)])
+        if store.num_unknown:
+            rows[g][1] = "–"
+    if store.num_unknown:
+        rows.append(["attribute unknown", str(store.num_unknown), *"–––"])
     header = ["group", "train", "val: reweighting", "val: selection", "test"]
     return table(header, rows)
 
