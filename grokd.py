@@ -180,6 +180,7 @@ class Mark(enum.Enum):
     HEAD = enum.auto()  # it decides the head alone: networks are trained once for all its values
     CONTENT = enum.auto()  # it may name a file or folder: what counts is what that contains
     CURVE = enum.auto()  # students that differ in it alone are drawn as a curve
+    ADDED = enum.auto()  # younger than finished files: its default leaves fingerprints as they were
 
 
 class Names(NamedTuple):
@@ -225,7 +226,7 @@ class Data:
     label_column: Annotated[str, Mark.INERT] = "label"
     # Column with the spurious attribute: 0, 1, ... or names; training images may leave it empty.
     # Without such a column give "": groups are then classes, and DFR balances classes only
-    # (CB-LLR).
+    # (CB-LLR), or groups that it infers.
     attribute_column: Annotated[str, Mark.INERT] = "attribute"
     # Column that says which split an image belongs to.
     split_column: Annotated[str, Mark.INERT] = "split"
@@ -316,13 +317,22 @@ class Train:
     checkpoint_minutes: Annotated[Positive, Mark.INERT] = 5.0
 
 
+BALANCED = When(method=Not("afr"))
+AFR = When(method="afr")
+
+
 @dataclass(frozen=True)
 class DFR:
     """Deep feature reweighting: the last layer refitted on group-balanced held-out data."""
 
     # l1: the mean of logistic regressions on balanced subsets (Kirichenko). sgd: balanced
-    # sampling (LaBonte; AGRE-KD's teachers). auto: l1 for two classes, else sgd.
-    method: Literal["auto", "l1", "sgd"] = "auto"
+    # sampling (LaBonte; AGRE-KD's teachers). auto: l1 for two classes, else sgd. afr: the learnt
+    # head moved towards what it gets wrong, without groups (AFR, Qiu 2023).
+    method: Literal["auto", "l1", "sgd", "afr"] = "auto"
+    # What is balanced. known: class and attribute, as the data say. Without attributes: inferred,
+    # class and whether the biased model is right (uLA); eiil, class and a split of the biased
+    # model's logits (EIIL, Creager 2021).
+    groups: Annotated[Literal["known", "inferred", "eiil"], BALANCED, Mark.ADDED] = "known"
     # l1: refits that are averaged; one alone costs about a point (second-hand figure).
     num_refits: Annotated[Count, When(method=("auto", "l1"))] = 20
     # l1: inverse penalties tried on one half of the reweighting part, judged on the other.
@@ -331,6 +341,18 @@ class DFR:
     )
     # sgd: passes over the reweighting part.
     epochs: Annotated[Count, When(method=("auto", "sgd"))] = 100
+    # afr: how much more an image counts whose label has a low probability. Published: 4 to 20 for
+    # Waterbirds, 1 to 3 for CelebA, chosen with group labels.
+    gamma: Annotated[NotNegative, AFR] = 10.0
+    # afr: weight of the squared distance from the learnt head. Published: 0 to .3.
+    regularisation: Annotated[NotNegative, AFR] = 0.1
+    lr: Annotated[NotNegative, AFR] = 0.01  # afr: learning rate. Published: .01 and .02.
+    steps: Annotated[Count, AFR] = 500  # afr: of gradient descent. Published: 500 and 1,000.
+
+    @property
+    def infers_groups(self) -> bool:
+        """Does it balance groups that the biased model tells apart?"""
+        return self.method != "afr" and self.groups != "known"
 
 
 @dataclass(frozen=True)
@@ -504,6 +526,11 @@ class Distill:
         """Does it compare its teachers with the biased model? A recipe's own weighting may."""
         by_features = self.has_features and self.feature_weights == "agre"
         return self.weighting in ("agre", "departure") or callable(self.weighting) or by_features
+
+    @property
+    def infers_groups(self) -> bool:
+        """Does its head need the biased model?"""
+        return self.head == "dfr" and self.dfr.infers_groups
 
     @property
     def has_departures(self) -> bool:
@@ -730,6 +757,7 @@ class Stream:
     FIRST_HALF = 1  # the balanced part of the first one,
     REFIT = 2  # the subset of each refit,
     DRAWS = 3  # and the draws of balanced sampling
+    SPLIT = 4  # where EIIL's split begins
     TEACHER = 1  # the one teacher of a batch
     ADAPTERS = 7  # initial weights
     DROPOUT = 8  # channels left out of feature distillation
@@ -1605,10 +1633,89 @@ def dfr_sgd(
     return head.weight.detach().numpy(), head.bias.detach().numpy()
 
 
+def afr_head(
+    features: np.ndarray, labels: np.ndarray, weight: np.ndarray, bias: np.ndarray, settings: DFR
+) -> tuple[np.ndarray, np.ndarray]:
+    """Automatic feature reweighting (AFR, Qiu 2023), from the learnt head, without groups.
+
+    features [N, d], labels [N], weight [C, d], bias [C] -> weight, bias. Full-batch gradient
+    descent on sum_i mu_i CE_i + regularisation |theta - theta_0|^2, gradient norm clipped at 1,
+    with mu_i proportional to exp(-gamma p_y(x_i)) / n_y under the learnt head. The paper holds out
+    a fifth of training for it; here it is the reweighting part (ours).
+    """
+    x, y = torch.from_numpy(features.astype(np.float64)), torch.from_numpy(labels)
+    start = [torch.from_numpy(each.astype(np.float64)) for each in (weight, bias)]
+    theta = [each.clone().requires_grad_() for each in start]
+    confidence = F.linear(x, *start).softmax(-1).gather(1, y[:, None])[:, 0]
+    mu = torch.exp(-settings.gamma * confidence) / torch.bincount(y)[y]
+    mu /= mu.sum()
+    optimizer = torch.optim.SGD(theta, settings.lr)
+    for _ in range(settings.steps):
+        optimizer.zero_grad()
+        distance = sum((a - b).square().sum() for a, b in zip(theta, start, strict=True))
+        losses = cross_entropy(F.linear(x, *theta), y)
+        ((mu * losses).sum() + settings.regularisation * distance).backward()
+        nn.utils.clip_grad_norm_(theta, 1.0)
+        optimizer.step()
+    weight, bias = (each.detach().numpy() for each in theta)
+    return weight, bias
+
+
+def infer_cells(logits: Tensor, labels: np.ndarray, groups: str) -> np.ndarray:
+    """Cells [N] of class and pseudo-attribute, 2 y + a, from the biased model's logits [N, C].
+
+    inferred: a is 1 where the biased model is wrong (the groups by which uLA chooses models).
+    eiil: a as `eiil_split` has it, within each class.
+    """
+    if groups == "inferred":
+        return 2 * labels + (logits.argmax(-1).numpy() != labels)
+    attribute = np.zeros(len(labels), np.int64)
+    for y in np.unique(labels):
+        members = labels == y
+        attribute[members] = eiil_split(logits[members], labels[members], int(y))
+    return 2 * labels + attribute
+
+
+EIIL_STEPS, EIIL_LR = 1000, 0.01  # ours; they let Adam go some ten times a draw's deviation
+
+
+def eiil_split(logits: Tensor, labels: np.ndarray, seed: int) -> np.ndarray:
+    """EIIL's two environments [N] of logits [N, C] (Creager 2021): where invariance fails most.
+
+    With g_i = sum_c (p_c - y_c) z_c, the gradient of cross-entropy with respect to a factor on the
+    logits at 1, Adam maximises ((mean s g)^2 + (mean (1 - s) g)^2) / 2 over s = sigmoid(w), w_0
+    normal. The maximum is reached where s tells the signs of g apart: with two classes right from
+    wrong. Where g is so small that Adam stands still, the draw of w_0 decides.
+    """
+    z = logits.double()
+    g = ((z.softmax(-1) - F.one_hot(torch.from_numpy(labels), z.shape[1])) * z).sum(-1)
+    w = noise_like(g.shape, torch.float64, seed, Stream.SPLIT).requires_grad_()
+    optimizer = torch.optim.Adam([w], EIIL_LR, maximize=True)
+    for _ in range(EIIL_STEPS):
+        optimizer.zero_grad()
+        s = w.sigmoid()
+        (((s * g).mean() ** 2 + ((1 - s) * g).mean() ** 2) / 2).backward()
+        optimizer.step()
+    return (w.detach() > 0).numpy().astype(np.int64)
+
+
+LEAST_IN_CELL = 4  # images that an inferred group must have (ours)
+
+
+def small_cells(cells: np.ndarray, class_names: Sequence[str]) -> str:
+    """Inferred cells [N] that hold too few images to go by: "3 of cat, ..."; empty if none is."""
+    sizes = np.bincount(cells, minlength=2 * len(class_names)).reshape(-1, 2).min(1)
+    named = zip(sizes.tolist(), class_names, strict=True)
+    return ", ".join(f"{size} of {name}" for size, name in named if size < LEAST_IN_CELL)
+
+
 # ---- Scores --------------------------------------------------------------------------------------
 
 COLUMNS = {
     "wga": "WGA", "mean": "mean", "group_mean": "group mean", "adjusted_mean": "adjusted mean",
+}
+INFERRED_COLUMNS = {
+    "wga_inferred": "WGA (inferred)", "selection_wga_inferred": "selection WGA (inferred)",
 }
 
 
@@ -1616,7 +1723,7 @@ def shown_columns(scores: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """The columns in which one of the scores has a figure."""
     every = [*scores]
     return {
-        key: title for key, title in COLUMNS.items()
+        key: title for key, title in {**COLUMNS, **INFERRED_COLUMNS}.items()
         if any(each.get(key) is not None for each in every)
     }
 
@@ -2917,21 +3024,39 @@ def validate(model: Classifier, store: Store, runtime: Runtime) -> dict[str, Any
     return group_scores(correct, store.groups[indices], store.counts("train"))
 
 
+def refit_name(settings: DFR, store: Store) -> str:
+    """What a refitted head is called: by what it balances."""
+    if settings.method == "afr":
+        return "AFR"
+    if not settings.infers_groups:
+        return store.refit_name
+    return "DFR, EIIL groups" if settings.groups == "eiil" else "DFR, inferred groups"
+
+
 def refit_head(
-    model: Classifier, store: Store, settings: DFR, train: Train, seed: int, runtime: Runtime
+    model: Classifier, store: Store, settings: DFR, train: Train, seed: int, runtime: Runtime,
+    cells: np.ndarray | None = None,
 ) -> None:
-    """Replace the head by one fitted on the reweighting part, in evaluation view and float32."""
+    """Replace the head by one fitted on the reweighting part, in evaluation view and float32.
+
+    Balanced are `cells` of that part, or those that the store knows."""
     indices = store.split("reweighting")
     model.eval()
     features = torch.zeros(len(indices), model.head.in_features, dtype=runtime.dtype)
     for _, part, extracted in extract({"": model}, store, indices, runtime):
         features[part] = extracted[""].to(features)
     embedded = runtime.sum(features.to(runtime.device)).cpu().numpy()
-    labels, cells = store.labels[indices], store.cells[indices]
+    labels = store.labels[indices]
+    cells = store.cells[indices] if cells is None else cells
     method = settings.method
     if method == "auto":
         method = "l1" if store.num_classes == 2 else "sgd"
-    if method == "l1":
+    if method == "afr":
+        learnt_weight, learnt_bias = (
+            each.detach().cpu().numpy() for each in (model.head.weight, model.head.bias)
+        )
+        weight, bias = afr_head(embedded, labels, learnt_weight, learnt_bias, settings)
+    elif method == "l1":
         smallest = np.bincount(cells).min()
         if smallest < 2 and len(settings.penalties) > 1:
             raise Problem(
@@ -3299,6 +3424,8 @@ def settings_of(section: Any, prefix: str = "", head: bool | None = None) -> dic
     chosen = {}
     for setting in settings_in(section, prefix):
         counts = setting.active and Mark.INERT not in setting.marks
+        if Mark.ADDED in setting.marks:
+            counts &= setting.value != setting.default
         if counts and head in (None, Mark.HEAD in setting.marks):
             chosen[setting.name] = identity_of(setting)
     return chosen
@@ -3379,7 +3506,8 @@ class Context:
         erm = self._artefact(f"teachers/{i}/erm", "teachers", settings_of(section, head=False), [])
         if head == "erm":
             return erm
-        return self._artefact(f"teachers/{i}/dfr", "teachers", settings_of(section), [erm])
+        parents = [erm, *self.biased()] if section.dfr.infers_groups else [erm]
+        return self._artefact(f"teachers/{i}/dfr", "teachers", settings_of(section), parents)
 
     def teachers(self, head: str) -> list[Artefact]:
         """The whole ensemble."""
@@ -3413,7 +3541,7 @@ class Context:
         """A student."""
         student = self.students[name]
         parents = self.ensemble(student)
-        if student.has_biased:
+        if student.has_biased or student.infers_groups:
             parents += self.biased()
         if student.augmented:
             parents.append(self.image_set(student.augmented, seed))
@@ -4087,7 +4215,8 @@ def train_network(
     for artefact, dfr in outputs.items():
         model.head.load_state_dict(learnt_head)
         if dfr:
-            refit_head(model, ctx.store, dfr, job.train, job.seed, runtime)
+            cells = balanced_cells(dfr, ctx, runtime)
+            refit_head(model, ctx.store, dfr, job.train, job.seed, runtime, cells)
         scores = validate(model, ctx.store, runtime)
         if runtime.rank == 0:
             write_history(artefact, job, progress, scores)
@@ -4115,18 +4244,59 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.stem + suffix)
 
 
+def infer_groups(groups: str, part: str, ctx: Context, runtime: Runtime) -> np.ndarray:
+    """Cells of a part of the data, inferred from the biased model (the mean of several's logits).
+
+    Its networks are loaded anew: others may have been folded, which changes the last bits."""
+    indices = ctx.store.split(part)
+    models = [load_model(ctx.require(each), runtime.device, ctx.store) for each in ctx.biased()]
+    logits = predict(models, ctx.store, indices, runtime).mean(0)
+    return infer_cells(logits, ctx.store.labels[indices], groups)
+
+
+def balanced_cells(dfr: DFR, ctx: Context, runtime: Runtime) -> np.ndarray | None:
+    """What a head is balanced over on the reweighting part, if it is inferred; else None.
+
+    Raises Problem where a class has too few images on which the biased model is right or wrong.
+    """
+    if not dfr.infers_groups:
+        return None
+    cells = infer_groups(dfr.groups, "reweighting", ctx, runtime)
+    if small := small_cells(cells, ctx.store.class_names):
+        raise Problem(
+            f"dfr.groups = {dfr.groups!r}: the smaller inferred group of a class has too few "
+            f"images in the part of validation that refits heads ({small}; {LEAST_IN_CELL} are "
+            "needed): the biased model fits nearly all. Hold out images it was not trained on, "
+            "raise Data.reweighting, or take a biased model that fits less: bias_model.kind = "
+            "'early-stopped' or 'gce'."
+        )
+    return cells
+
+
 def run_teachers(ctx: Context) -> None:
     """Train the teachers (ERM), then refit their heads (DFR); print both by group."""
-    count = ctx.recipe.teachers.num_teachers
+    count, bias_model = ctx.recipe.teachers.num_teachers, ctx.recipe.bias_model
+    waits = ctx.recipe.teachers.dfr.infers_groups  # heads do, for the biased model
+    makes_biased = "bias-model" in ctx.makes
+    if waits and not makes_biased and bias_model.kind != "teacher":
+        ctx.require(ctx.bias())  # said before the training
     runtime, places = ctx.runtime.plan(range(count), ctx.common.parallel)
     for i in places:
         train_teacher(i, ctx, runtime)
-        refit_teacher(i, ctx, runtime)
+        if not waits:
+            refit_teacher(i, ctx, runtime)
     ctx.runtime.accelerator.wait_for_everyone()
+    if waits:
+        if makes_biased:
+            run_bias_model(ctx)
+        for i in places:
+            refit_teacher(i, ctx, runtime)
+        ctx.runtime.accelerator.wait_for_everyone()
     scores = {}
+    refitted = refit_name(ctx.recipe.teachers.dfr, ctx.store)
     for i in range(count):
         arch = ctx.recipe.teachers.of(i).arch[0]
-        for head, name in (("erm", "ERM"), ("dfr", ctx.store.refit_name)):
+        for head, name in (("erm", "ERM"), ("dfr", refitted)):
             metadata = read_metadata(ctx.teacher(i, head).path)
             scores[f"{i} {arch} {name}"] = json.loads(metadata["metrics"])
     columns = shown_columns(scores.values())
@@ -4161,7 +4331,8 @@ def refit_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
 
     def build(missing: list[Artefact]) -> None:
         model = load_model(ctx.teacher(i, "erm").path, runtime.device)
-        refit_head(model, ctx.store, section.dfr, section.train, section.seed, runtime)
+        cells = balanced_cells(section.dfr, ctx, runtime)
+        refit_head(model, ctx.store, section.dfr, section.train, section.seed, runtime, cells)
         scores = validate(model, ctx.store, runtime)
         if runtime.rank == 0:
             save_model(model, artefact, ctx, scores)
@@ -5345,7 +5516,8 @@ def find_models(ctx: Context) -> tuple[list[Scored], list[str]]:
     from are as they are now.
     """
     expected = [("teachers, ERM", artefact) for artefact in ctx.teachers("erm")]
-    expected += [(f"teachers, {ctx.store.refit_name}", each) for each in ctx.teachers("dfr")]
+    refitted = refit_name(ctx.recipe.teachers.dfr, ctx.store)
+    expected += [(f"teachers, {refitted}", each) for each in ctx.teachers("dfr")]
     expected.append(("biased model", ctx.bias()))
     for name, seeds in seeds_found(ctx).items():
         for seed in sorted(seeds):
@@ -5386,7 +5558,13 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
     for model in models:
         trunk = read_metadata(model.path).get("trunk", str(model.path))
         by_trunk.setdefault(trunk, []).append(model)
-    rows = score_rows(models, logits_of(by_trunk, ctx, ctx.recipe.eval.split), ctx)
+    split: str = ctx.recipe.eval.split
+    logits = {split: logits_of(by_trunk, ctx, split)}
+    rows = score_rows(models, logits[split], ctx)
+    inferred = inferred_parts(ctx)
+    if "selection" in {*inferred.cells} - {*logits}:
+        logits["selection"] = logits_of(by_trunk, ctx, "selection")
+    add_inferred(rows, logits, inferred, ctx)
     ensembles = [] if paths else describe_ensembles(ctx)
     for ensemble in ensembles:
         ensemble["headroom"] = headroom(ensemble, rows, ctx)
@@ -5396,8 +5574,9 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
             for name, members in rows.items()
         ],
         "left_out": left_out,
+        "inferred": {"groups": inferred.groups, "note": inferred.note},
         "ensembles": ensembles,
-        "choice": {} if paths else choose_student(models, ctx),
+        "choice": {} if paths else choose_student(models, inferred, ctx),
         "curves": curves(ctx.recipe),
         "probes": [],
     }
@@ -5433,8 +5612,8 @@ def score_rows(
         correct = predicted == labels
         return {"name": name} | group_scores(correct, groups, store.counts("train"))
 
-    refitted = f"teachers, {store.refit_name}"
-    votes = {refitted: f"teachers' vote, {store.refit_name}"}
+    refitted = refit_name(ctx.recipe.teachers.dfr, store)
+    votes = {f"teachers, {refitted}": f"teachers' vote, {refitted}"}
     for name, student in ctx.recipe.students.items():
         if not student.has_teachers:
             votes[name] = f"deep ensemble of {name}"
@@ -5446,6 +5625,50 @@ def score_rows(
             vote = majority_vote(torch.stack([logits[model] for model in members]))
             rows[votes[row]] = [scores(votes[row], vote)]
     return rows
+
+
+class Inferred(NamedTuple):
+    """Groups of evaluation images that the biased model tells apart."""
+
+    groups: str  # how they are inferred; empty: they are not
+    cells: Mapping[str, np.ndarray]  # cells by part of the data: selection, and what is scored
+    note: str = ""  # why there are none
+
+
+def inferred_parts(ctx: Context) -> Inferred:
+    """The inferred groups that scores are given by: as heads use them, or where attributes are
+    unknown. All processes take part."""
+    recipe, store = ctx.recipe, ctx.store
+    settings = [recipe.teachers.dfr]
+    settings += [student.dfr for student in recipe.students.values() if student.head == "dfr"]
+    used = [dfr.groups for dfr in settings if dfr.infers_groups]
+    if not used and store.num_attributes > 1:
+        return Inferred("", {})
+    groups = used[0] if used else "inferred"
+    if not all(each.standing().state == State.FINISHED for each in ctx.biased()):
+        return Inferred(groups, {}, "the biased model is not there")
+    cells: dict[str, np.ndarray] = {}
+    for part in dict.fromkeys((recipe.eval.split, "selection")):
+        if len(store.split(part)):
+            cells[part] = infer_groups(groups, part, ctx, ctx.runtime.together())
+            if small := small_cells(cells[part], store.class_names):
+                note = f"the smaller inferred group of a class has few images of {part}: {small}"
+                return Inferred(groups, {}, note)
+    return Inferred(groups, cells)
+
+
+def add_inferred(
+    rows: Mapping[str, Sequence[dict[str, Any]]],
+    logits: Mapping[str, Mapping[Scored, Tensor]], inferred: Inferred, ctx: Context,
+) -> None:
+    """Give every model its worst-group accuracy over inferred groups."""
+    members = {member["name"]: member for each in rows.values() for member in each}
+    for part, cells in inferred.cells.items():
+        key = "wga_inferred" if part == ctx.recipe.eval.split else "selection_wga_inferred"
+        labels = ctx.store.labels[ctx.store.split(part)]
+        for model, answers in logits[part].items():
+            correct = answers.argmax(-1).numpy() == labels
+            members[model.name][key] = 100 * worst_group(correct, cells)
 
 
 def headroom(
@@ -5470,24 +5693,32 @@ def headroom(
     return {}
 
 
-def choose_student(models: Sequence[Scored], ctx: Context) -> dict[str, Any]:
+def choose_student(
+    models: Sequence[Scored], inferred: Inferred, ctx: Context
+) -> dict[str, Any]:
     """The student to ship and the runner-up, by worst-group accuracy on the selection part: the
     validation images that refitted no head. Empty without such a part, or with a single student.
+
+    Without attributes groups are the inferred ones, or classes where there are none of these.
     """
     students = [model for model in models if model.name.startswith("students/")]
     selection = ctx.store.split("selection")
     if not len(selection) or len({model.row for model in students}) < 2:
         return {}
     logits = logits_of({model.name: [model] for model in students}, ctx, "selection")
-    labels, groups = ctx.store.labels[selection], ctx.store.groups[selection]
+    labels, groups, by = ctx.store.labels[selection], ctx.store.groups[selection], "known"
+    if ctx.store.num_attributes == 1:
+        by = inferred.groups if inferred.cells else "classes"
+        groups = inferred.cells.get("selection", groups)
     wga: dict[str, dict[str, float]] = {}
     for model in students:
         correct = logits[model].argmax(-1).numpy() == labels
         seed = model.path.parent.name
         wga.setdefault(model.row, {})[seed] = 100 * worst_group(correct, groups)
     costs = {model.row: len(networks_behind(ctx.described(model.name))) for model in students}
-    sizes = ctx.store.counts("selection")
-    return rank_students(wga, costs, 100 / sizes[sizes > 0].min()) | {"images": len(selection)}
+    sizes = np.bincount(groups)
+    chosen = rank_students(wga, costs, 100 / sizes[sizes > 0].min())
+    return {**chosen, "images": len(selection), "by": by} if chosen else {}
 
 
 def networks_behind(artefact: Artefact) -> set[str]:
@@ -5829,6 +6060,8 @@ def summary(results: Mapping[str, Any]) -> str:
         f"{100 / least:.3f} points of its accuracy.",
         summary_table(results),
     ]
+    if note := inferred_text(results.get("inferred")):
+        parts.append(note)
     empty = [
         (f"Groups without {split} images, left out of every figure", "images"),
         ("Groups without training images", "train_images"),
@@ -5843,6 +6076,23 @@ def summary(results: Mapping[str, Any]) -> str:
         lines = "\n".join(f"- {line}" for line in results["left_out"])
         parts += ["## Left out", lines]
     return "\n\n".join(parts) + "\n"
+
+
+INFERRED = {
+    "inferred": "its class and whether the biased model is right",
+    "eiil": "its class and EIIL's split of the biased model's logits",
+}
+
+
+def inferred_text(inferred: Mapping[str, str] | None) -> str:
+    """What inferred groups are, or why there are none; empty where nobody asks for them."""
+    if not inferred or not inferred["groups"]:
+        return ""
+    if inferred["note"]:
+        return f"No figure by inferred groups: {inferred['note']}."
+    return (
+        f"WGA (inferred): no attribute is used; an image's group is {INFERRED[inferred['groups']]}."
+    )
 
 
 def report(results: Mapping[str, Any]) -> str:
@@ -5897,12 +6147,18 @@ def choice_text(results: Mapping[str, Any]) -> str:
         average = mean_cell([member["mean"] for member in members[name]])
         return f"selection WGA {selected}; {split}: WGA {scored}, mean {average}"
 
+    groups = {
+        "known": "",
+        "classes": " over classes (there is neither an attribute nor an inferred group)",
+        **{key: f" over inferred groups ({words})" for key, words in INFERRED.items()},
+    }
     ship, runner_up = choice["ship"], choice["runner_up"]
     seeds = ", ".join(seed.removeprefix("seed") for seed in choice["seeds"])
     text = (
         f"**{ship}** ({figures(ship)}). Runner-up: {runner_up} ({figures(runner_up)}).\n\n"
-        f"Chosen by worst-group accuracy on the selection part, {choice['images']} validation "
-        f"images that refitted no head, paired over seeds {seeds}; never on test."
+        f"Chosen by worst-group accuracy{groups[choice.get('by', 'known')]} on the selection part, "
+        f"{choice['images']} validation images that refitted no head, paired over seeds {seeds}; "
+        "never on test."
     )
     others = [name for name in choice["tied"] if name != ship]
     if others:

@@ -13,9 +13,11 @@ image:
 
 image      file, relative to the folder of metadata.csv; anything Pillow reads
 label      what the student must tell: names, or numbers from 0
-attribute  what it must not lean on (background, camera, sex ...): names, or numbers from 0. Leave
-           the column out and set attribute_column="" if you do not know it: groups are then
-           classes, and refitting a head balances classes only
+attribute  what it must not lean on (background, camera, sex ...): names, or numbers from 0. It may
+           be empty in train, where hardly anything needs it. Leave the column out and set
+           attribute_column="" if you do not know it at all: groups are then classes, and refitting
+           a head balances classes (CB-LLR), or, with dfr=DFR(groups="inferred"), what the biased
+           model gets right and wrong
 split      train, val or test. Groups (label x attribute) may be rare or absent in train; val needs
            at least 4 images of each, a few dozen make a good head; test decides what you can claim
 

@@ -1,16 +1,45 @@
-"""Attributes that are known in part or not at all."""
+"""Attributes that are known in part or not at all: inferred groups, AFR, and analysis in eval."""
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from conftest import Run, write_images
+from safetensors.torch import load_file
+from test_processes import TWO, files, processes
+from test_runs import same
 
 import grokd
-from grokd import Problem, Row
+from grokd import DFR, Problem, Row, Runtime
+
+RECIPE = '''"""Colours that tell the class in training; no group labels."""
+from dataclasses import replace
+from grokd import BiasModel, DFR, Data, Distill, Recipe, Teachers, Train
+
+train = Train(epochs=6, batch_size=8, lr=0.02)
+dfr = DFR(groups="inferred", num_refits=2, penalties=(1.0,))
+one_hot = Distill("one-hot", arch="cnn2", weights="random", train=train, head="dfr", dfr=dfr)
+recipe = Recipe(
+    data=Data(size=20, crop=16, attribute_column="", store="store", random_crop=False, flip=False),
+    teachers=Teachers(2, ("cnn2",), ("random",), dfr=dfr, train=train),
+    bias_model=BiasModel(arch="cnn2", weights="random", train=train),
+    students={
+        "one-hot": replace(one_hot, head="own"),
+        "inferred": one_hot,
+        "eiil": replace(one_hot, dfr=replace(dfr, groups="eiil")),
+        "afr": replace(one_hot, dfr=replace(dfr, method="afr", steps=50)),
+        "classes": replace(one_hot, dfr=replace(dfr, groups="known")),
+    },
+    seeds=(0,),
+)
+'''
 
 
 def edit_table(folder: Path, change: Callable[[dict[str, str]], bool]) -> None:
@@ -27,6 +56,22 @@ def edit_table(folder: Path, change: Callable[[dict[str, str]], bool]) -> None:
 def hide_training(row: dict[str, str]) -> bool:
     row["place"] = "" if row["split"] == "train" else row["place"]
     return True
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images whose colour gives the class away in training, and a recipe without attributes."""
+    folder = write_images(tmp_path_factory.mktemp("coloured") / "images", per_group=20)
+    edit_table(folder, lambda row: row["split"] != "train" or row["label"] == row["place"])
+    (folder / "tiny.py").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(coloured: Path, grokd_process: Run) -> Path:
+    """The same after `run`; not to be changed."""
+    (coloured / "printed.txt").write_text(grokd_process("run", "tiny.py", cwd=coloured).stdout)
+    return coloured
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -123,3 +168,233 @@ def test_without_training_groups_the_run_leaves_their_figures_out(
             (images / "tiny.py").write_text(text)
         with pytest.raises(Problem, match=told):
             grokd.command_line(args)
+
+
+# Groups are inferred
+
+
+def test_eiil_split_equals_a_slow_literal_one() -> None:
+    """Plain numbers, derivatives and Adam by hand."""
+    random = np.random.default_rng(1)
+    logits, labels = random.normal(size=(6, 3)) * 2, np.array([1, 1, 1, 1, 1, 1])
+    got = grokd.eiil_split(torch.from_numpy(logits), labels, 5)
+    g = []
+    for z, y in zip(logits, labels, strict=True):
+        p = [np.exp(each) / sum(np.exp(other) for other in z) for each in z]
+        g.append(sum((p[c] - (c == y)) * z[c] for c in range(3)))
+    w = grokd.noise_like((6,), torch.float64, 5, grokd.Stream.SPLIT).tolist()
+    first, second = [0.0] * 6, [0.0] * 6
+    for step in range(1, grokd.EIIL_STEPS + 1):
+        s = [1 / (1 + np.exp(-each)) for each in w]
+        one = sum(a * b for a, b in zip(s, g, strict=True)) / 6
+        other = sum((1 - a) * b for a, b in zip(s, g, strict=True)) / 6
+        for i in range(6):
+            slope = (one - other) * g[i] / 6 * s[i] * (1 - s[i])
+            first[i] = 0.9 * first[i] + 0.1 * slope
+            second[i] = 0.999 * second[i] + 0.001 * slope**2
+            m, v = first[i] / (1 - 0.9**step), second[i] / (1 - 0.999**step)
+            w[i] += grokd.EIIL_LR * m / (np.sqrt(v) + 1e-8)
+    assert got.tolist() == [int(each > 0) for each in w]
+    assert len({*got.tolist()}) == 2
+
+
+def test_eiil_tells_right_from_wrong_where_there_are_two_classes() -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 60)
+    logits = torch.from_numpy(random.normal(size=(120, 2)))
+    cells = grokd.infer_cells(logits, labels, "eiil")
+    wrong = logits.argmax(1).numpy() != labels
+    assert (cells // 2 == labels).all()
+    for y in (0, 1):
+        of_class = labels == y
+        agreement = ((cells % 2)[of_class] == wrong[of_class]).mean()
+        assert max(agreement, 1 - agreement) == 1
+
+
+def test_inferred_cells_are_class_and_whether_the_biased_model_is_wrong() -> None:
+    logits = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [0, 2, 0]])
+    assert grokd.infer_cells(logits, np.array([0, 0, 2, 2]), "inferred").tolist() == [0, 1, 4, 5]
+    cells = np.repeat([0, 1, 2, 3], [9, 4, 3, 9])
+    assert grokd.small_cells(cells, ["cat", "dog"]) == "3 of dog"
+    assert grokd.small_cells(np.repeat([0, 1, 2], 4), ["cat", "dog"]) == "0 of dog"
+
+
+def biased_cells(folder: Path, model: str, part: str) -> tuple[np.ndarray, grokd.Store]:
+    """Class and right or wrong, of one biased model's file, image by image."""
+    recipe = grokd.load_recipe(str(folder / "tiny.py"))
+    data = replace(recipe.data, store=str(folder / "store"))
+    store = grokd.open_store(data, str(folder))
+    network = grokd.load_model(folder / f"runs/tiny/{model}.safetensors")
+    cells = []
+    for i in store.split(part):
+        answer = int(network(store.view(np.array([i]), torch.device("cpu"))).argmax())
+        cells.append(2 * int(store.labels[i]) + int(answer != store.labels[i]))
+    return np.array(cells), store
+
+
+def test_heads_balance_what_the_biased_model_gets_right_and_wrong(finished: Path) -> None:
+    """Refitted anew, with cells found image by image and scikit-learn's part as DFR has it."""
+    cells, store = biased_cells(finished, "teachers/0/erm", "reweighting")
+    assert (np.bincount(cells) >= 4).all()
+    for name, erm in (("teachers/1/dfr", "teachers/1/erm"),
+                      ("students/inferred/seed0/model", "students/one-hot/seed0/model")):
+        model = grokd.load_model(finished / f"runs/tiny/{erm}.safetensors")
+        seed = int(name.startswith("teachers"))  # teacher 1, student 0
+        dfr = DFR(num_refits=2, penalties=(1.0,))
+        runtime = Runtime.start("float32")
+        grokd.refit_head(model, store, dfr, grokd.Train(), seed, runtime, cells)
+        assert same(load_file(finished / f"runs/tiny/{name}.safetensors"), model.plain_state())
+        grokd.refit_head(model, store, dfr, grokd.Train(), seed, runtime)
+        assert not same(load_file(finished / f"runs/tiny/{name}.safetensors"), model.plain_state())
+
+
+def test_report_scores_and_ships_by_inferred_groups(finished: Path) -> None:
+    found, report = results(finished), (finished / "runs/tiny/report.md").read_text()
+    rows = {row["name"]: row["members"] for row in found["rows"]}
+    assert "teachers, DFR, inferred groups" in rows
+    for part, key in (("test", "wga_inferred"), ("selection", "selection_wga_inferred")):
+        cells, store = biased_cells(finished, "teachers/0/erm", part)
+        for row in ("one-hot", "inferred"):
+            member, indices = rows[row][0], store.split(part)
+            model = grokd.load_model(finished / f"runs/tiny/{member['name']}.safetensors")
+            answers = model(store.view(indices, torch.device("cpu"))).argmax(1).numpy()
+            right = answers == store.labels[indices]
+            expected = min(100 * right[cells == cell].mean() for cell in range(4))
+            assert member[key] == pytest.approx(expected)
+    choice = found["choice"]
+    selected = {name: rows[name][0]["selection_wga_inferred"] for name in choice["wga"]}
+    assert {name: mean for name, (mean, _) in choice["wga"].items()} == pytest.approx(selected)
+    assert choice["by"] == "inferred"
+    assert "over inferred groups (its class and whether the biased model is right)" in report
+    header = next(line for line in report.splitlines() if line.startswith("|") and "models" in line)
+    assert [each.strip() for each in header.split("|")[3:9]] == [
+        "WGA", "mean", "group mean", "adjusted mean", "WGA (inferred)", "selection WGA (inferred)"]
+
+
+def test_refitted_heads_name_the_biased_model_as_their_parent(finished: Path) -> None:
+    def parents(name: str) -> set[str]:
+        metadata = grokd.read_metadata(finished / f"runs/tiny/{name}.safetensors")
+        return {*json.loads(metadata["parents"])}
+
+    assert parents("teachers/1/dfr") == {"teachers/1/erm", "teachers/0/erm"}
+    assert parents("teachers/0/dfr") == {"teachers/0/erm"}
+    assert parents("students/eiil/seed0/model") == {"teachers/0/erm"}
+    for name in ("one-hot", "afr", "classes"):
+        assert parents(f"students/{name}/seed0/model") == set()
+
+
+@pytest.mark.slow
+def test_two_processes_refit_inferred_groups_as_one_does(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "two")
+    shutil.rmtree(folder / "runs")
+    processes(TWO, "teachers", "tiny.py", "--parallel", "models", cwd=folder)
+    one, two = files(finished / "runs/tiny/teachers"), files(folder / "runs/tiny/teachers")
+    assert one.keys() == two.keys()
+    assert all(same(load_file(one[name]), load_file(two[name])) for name in one)
+
+
+def test_a_trained_biased_model_is_there_before_heads_are_refitted(
+    coloured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(coloured, tmp_path / "trained", ignore=shutil.ignore_patterns("runs"))
+    text = (folder / "tiny.py").read_text()
+    text = text.replace('BiasModel(', 'BiasModel(kind="early-stopped", stop_after=5, ')
+    (folder / "tiny.py").write_text(text)
+    monkeypatch.chdir(folder)
+    with pytest.raises(Problem, match=r"bias-model/model.* is missing. Make it with .*bias-model"):
+        grokd.command_line(["teachers", "tiny.py"])
+    assert not [*folder.glob("runs/tiny/teachers/*/erm.safetensors")]
+    grokd.command_line(["run", "tiny.py", "--student", "inferred"])
+    cells, _ = biased_cells(folder, "bias-model/model", "reweighting")
+    assert (np.bincount(cells, minlength=4) >= 4).all()
+    metadata = grokd.read_metadata(folder / "runs/tiny/teachers/0/dfr.safetensors")
+    assert json.loads(metadata["parents"]).keys() == {"teachers/0/erm", "bias-model/model"}
+    (folder / "tiny.py").write_text(text.replace("stop_after=5", "stop_after=4"))
+    grokd.command_line(["bias-model", "tiny.py", "--redo"])
+    told = "teachers/0/dfr.safetensors was made with other settings .*parent bias-model/model"
+    with pytest.raises(Problem, match=told):
+        grokd.command_line(["teachers", "tiny.py"])
+
+
+def test_biased_model_that_fits_everything_is_refused(
+    coloured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validation without images against the colour."""
+    folder = shutil.copytree(coloured, tmp_path / "fits", ignore=shutil.ignore_patterns("runs"))
+    edit_table(folder, lambda row: row["split"] != "val" or row["label"] == row["place"])
+    monkeypatch.chdir(folder)
+    told = (r"dfr.groups = 'inferred': .* too few images .*\(\d of class 0.*; 4 are needed\): .*"
+            "Hold out images .*'early-stopped' or 'gce'")
+    with pytest.raises(Problem, match=told):
+        grokd.command_line(["run", "tiny.py"])
+    assert (folder / "runs/tiny/teachers/1/erm.safetensors").is_file()  # nothing is lost
+
+
+# AFR
+
+
+def test_afr_equals_a_slow_literal_version() -> None:
+    random = np.random.default_rng(3)
+    x, y = random.normal(size=(12, 4)) * 3, np.array([0, 1, 2] * 3 + [0, 0, 0])
+    start = random.normal(size=(3, 4)), random.normal(size=3)
+    settings = DFR(method="afr", gamma=3.0, regularisation=0.2, lr=0.5, steps=7)
+    got = grokd.afr_head(x, y, *start, settings)
+
+    def probabilities(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        rows = []
+        for row in x:
+            z = np.array([sum(weight[c] * row) + bias[c] for c in range(3)])
+            rows.append(np.exp(z) / np.exp(z).sum())
+        return np.array(rows)
+
+    p = probabilities(*start)
+    mu = np.array([np.exp(-3.0 * p[i, y[i]]) * 12 / (y == y[i]).sum() for i in range(12)])
+    mu /= mu.sum()
+    weight, bias = start[0].copy(), start[1].copy()
+    clipped = 0
+    for _ in range(7):
+        p = probabilities(weight, bias)
+        slope_w = 2 * 0.2 * (weight - start[0])
+        slope_b = 2 * 0.2 * (bias - start[1])
+        for i in range(12):
+            error = mu[i] * (p[i] - np.eye(3)[y[i]])
+            slope_w += np.outer(error, x[i])
+            slope_b += error
+        norm = np.sqrt((slope_w**2).sum() + (slope_b**2).sum())
+        clipped += norm > 1
+        factor = min(1.0, 1 / (norm + 1e-6))
+        weight, bias = weight - 0.5 * factor * slope_w, bias - 0.5 * factor * slope_b
+    assert 0 < clipped < 7
+    np.testing.assert_allclose(got[0], weight, atol=1e-9)
+    np.testing.assert_allclose(got[1], bias, atol=1e-9)
+
+
+def test_afr_heads_need_no_biased_model_and_move_from_the_learnt_one(finished: Path) -> None:
+    own, moved = (load_file(finished / f"runs/tiny/students/{name}/seed0/model.safetensors")
+                  for name in ("one-hot", "afr"))
+    assert {key for key in own if not torch.equal(own[key], moved[key])} == {
+        "fc.weight", "fc.bias"}
+    assert (own["fc.weight"] - moved["fc.weight"]).norm() <= 50 * 0.01  # clipped steps
+
+
+def test_fields_of_the_other_kinds_of_refitting_are_without_effect(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = grokd.load_recipe("digits")
+    flags = ["--student", "one-hot-dfr", "--dfr.gamma", "3"]
+    _, _, _ = grokd.apply_flags("distill", recipe, "digits", flags)
+    assert ("warning: dfr.gamma has no effect on one-hot-dfr: it belongs to method afr"
+            in capsys.readouterr().out)
+    flags = ["--student", "one-hot-dfr", "--dfr.method", "afr", "--dfr.groups", "eiil"]
+    changed, _, _ = grokd.apply_flags("distill", recipe, "digits", flags)
+    assert [*changed.students] == ["one-hot-dfr+dfr.method=afr"]
+    assert "warning: dfr.groups has no effect" in capsys.readouterr().out
+
+
+def test_heads_of_known_groups_keep_their_fingerprints() -> None:
+    """Files made before groups could be inferred are still finished."""
+    assert grokd.settings_of(DFR()) == {
+        "method": "auto", "num_refits": 20, "epochs": 100,
+        "penalties": [1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01],
+    }
+    assert grokd.settings_of(DFR(groups="eiil"))["groups"] == "eiil"
