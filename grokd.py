@@ -633,6 +633,9 @@ class Eval:
     baseline: str = ""
     # How well a linear model on each layer tells label and attribute (validation). Takes a while.
     probes: bool = False
+    # Students' error taken apart, agreement with their teachers, weights of these by group, and
+    # features that tell groups apart, with a sheet of images. Takes a while.
+    analysis: bool = False
 
 
 @dataclass(frozen=True)
@@ -1755,6 +1758,83 @@ def group_scores(
         "adjusted_mean": adjusted if train_counts.any() else None,
         "groups": by_group,
     }
+
+
+def error_parts(
+    student: Mapping[str, Tensor], teachers: Mapping[str, Tensor], labels: Mapping[str, Tensor],
+    groups: np.ndarray, num_groups: int,
+) -> dict[str, Any]:
+    """A student's error taken apart, in nats (after Kenfack et al. 2025; the reconstruction is
+    ours, with labels for the true conditional).
+
+    Logits [N, C] of the student and [M, N, C] of its teachers, and labels [N], of "train" and of
+    the "scored" images; `groups` [N] of the latter. risk_kd: cross-entropy of the student to the
+    teachers' mean probabilities, on train; risk_train and risk_scored: to labels. omega =
+    risk_scored - risk_train; psi = risk_train - risk_kd; None without teachers. group_gaps: what
+    omega is for each group alone, None for one without images.
+    """
+    losses = {
+        part: cross_entropy(bounded_logits(student[part].double()), labels[part]) for part in labels
+    }
+    risk_train, risk_scored = (float(losses[part].mean()) for part in ("train", "scored"))
+    risk_kd = None
+    if len(teachers["train"]):
+        targets = bounded_logits(teachers["train"].double()).softmax(-1).mean(0)
+        risk_kd = float(cross_entropy(bounded_logits(student["train"].double()), targets).mean())
+    gaps = []
+    for group in range(num_groups):
+        members = losses["scored"][torch.from_numpy(groups == group)]
+        gaps.append(float(members.mean()) - risk_train if len(members) else None)
+    return {
+        "risk_kd": risk_kd,
+        "risk_train": risk_train,
+        "risk_scored": risk_scored,
+        "omega": risk_scored - risk_train,
+        "psi": None if risk_kd is None else risk_train - risk_kd,
+        "group_gaps": gaps,
+    }
+
+
+def by_group(values: np.ndarray, groups: np.ndarray, num_groups: int) -> list[float | None]:
+    """Mean of values [N] over each group; None for one without samples."""
+    present = [groups == group for group in range(num_groups)]
+    return [float(values[of].mean()) if of.any() else None for of in present]
+
+
+def divergences(one: np.ndarray, other: np.ndarray, bins: int = 20) -> np.ndarray:
+    """Symmetrised Kullback-Leibler divergence KL(p || q) + KL(q || p) of each dimension [d], in
+    nats, between histograms of features [N, d] and [K, d]: edges are shared, and every bin is
+    given one image more (ours)."""
+    found = np.zeros(one.shape[1])
+    for i, (a, b) in enumerate(zip(one.T, other.T, strict=True)):
+        both = np.concatenate([a, b])
+        edges = np.linspace(both.min(), both.max(), bins + 1)
+        if edges[0] < edges[-1]:
+            p, q = (np.histogram(each, edges)[0] + 1.0 for each in (a, b))
+            p, q = p / p.sum(), q / q.sum()
+            found[i] = ((p - q) * np.log(p / q)).sum()
+    return found
+
+
+def telling_features(
+    features: np.ndarray, labels: np.ndarray, attributes: np.ndarray, top: int
+) -> dict[tuple[int, int], list[tuple[int, float]]]:
+    """For every group (y, a), the dimensions of features [N, d] by which it differs most from the
+    other groups of its class, with the mean of these divergences: of the dimensions that are
+    larger on average in the group than in the rest of its class, `top` at most."""
+    found = {}
+    for y in np.unique(labels):
+        of_class = np.unique(attributes[labels == y])
+        inside = {a: features[(labels == y) & (attributes == a)] for a in of_class.tolist()}
+        for a, own in inside.items():
+            others = [each for b, each in inside.items() if b != a]
+            if others:
+                divergence = np.mean([divergences(own, each) for each in others], 0)
+                excited = own.mean(0) > np.concatenate(others).mean(0)
+                order = np.argsort(-np.where(excited, divergence, -1), kind="stable")
+                kept = [int(i) for i in order[:top] if excited[i]]
+                found[int(y), a] = [(i, float(divergence[i])) for i in kept]
+    return found
 
 
 def majority_vote(logits: Tensor) -> np.ndarray:
@@ -5554,10 +5634,7 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
             f"{ctx.out} holds no model of this recipe: train them with `python grokd.py run "
             f"{ctx.name}`. Left out: {'; '.join(left_out[:3])} ..."
         )
-    by_trunk: dict[str, list[Scored]] = {}  # versions of a network with other heads run together
-    for model in models:
-        trunk = read_metadata(model.path).get("trunk", str(model.path))
-        by_trunk.setdefault(trunk, []).append(model)
+    by_trunk = trunks_of(models)
     split: str = ctx.recipe.eval.split
     logits = {split: logits_of(by_trunk, ctx, split)}
     rows = score_rows(models, logits[split], ctx)
@@ -5579,12 +5656,24 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
         "choice": {} if paths else choose_student(models, inferred, ctx),
         "curves": curves(ctx.recipe),
         "probes": [],
+        "analysis": [],
     }
+    if ctx.recipe.eval.analysis and not paths:
+        results["analysis"] = analyse(models, ctx)
     if ctx.runtime.accelerator.is_main_process:
         if ctx.recipe.eval.probes:
             results["probes"] = probe_models(ctx, by_trunk)
         write_report(results, ctx.out, suffix="-models" if paths else "")
     ctx.runtime.accelerator.wait_for_everyone()
+
+
+def trunks_of(models: Iterable[Scored]) -> dict[str, list[Scored]]:
+    """Models by trunk: versions of a network with other heads run together."""
+    by_trunk: dict[str, list[Scored]] = {}
+    for model in models:
+        trunk = read_metadata(model.path).get("trunk", str(model.path))
+        by_trunk.setdefault(trunk, []).append(model)
+    return by_trunk
 
 
 def logits_of(
@@ -5848,6 +5937,165 @@ def probe(x: np.ndarray, y: np.ndarray, others: np.ndarray) -> np.ndarray:
 
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return model.fit(x, y).predict(others)
+
+
+def analyse(models: Sequence[Scored], ctx: Context) -> list[dict[str, Any]]:
+    """What Eval.analysis adds for each of the recipe's students, seed by seed. All processes take
+    part. Students whose teachers are not there as they were are left out."""
+    split: str = ctx.recipe.eval.split
+    parents: dict[str, list[Artefact]] = {}
+    for model in models:
+        if model.row in ctx.students and model.name.startswith("students/"):
+            frozen = frozen_networks(ctx.students[model.row], ctx)
+            if all(each.standing().state == State.FINISHED for each in frozen):
+                parents[model.name] = frozen
+    students = [model for model in models if model.name in parents]
+    needed = {each.name: each.path for artefacts in parents.values() for each in artefacts}
+    networks = [Scored(name, name, path) for name, path in needed.items()]
+    logits: dict[str, dict[str, Tensor]] = {}
+    for part in dict.fromkeys(("train", split)):
+        answers = logits_of(trunks_of([*students, *networks]), ctx, part)
+        logits[part] = {model.name: each for model, each in answers.items()}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for model in progress_bar(students, "analysis"):
+        count = len(ctx.ensemble(ctx.students[model.row]))
+        names = [artefact.name for artefact in parents[model.name]]
+        chosen = {
+            part: torch.stack([each[name] for name in names]) if names else torch.zeros(0)
+            for part, each in logits.items()
+        }
+        own = {part: each[model.name] for part, each in logits.items()}
+        found = {"name": model.name} | describe_student(own, chosen, count, ctx)
+        if count:
+            found |= {"teachers": names[:count]} | describe_weights(model, chosen[split], ctx)
+        if model.row not in rows:
+            found["features"] = describe_features(model, ctx)
+        rows.setdefault(model.row, []).append(found)
+    return [{"name": row, "members": members} for row, members in rows.items()]
+
+
+def describe_student(
+    own: Mapping[str, Tensor], frozen: Mapping[str, Tensor], num_teachers: int, ctx: Context
+) -> dict[str, Any]:
+    """A student's error taken apart, and the share of images, in per cent, to which it gives the
+    answer of its teachers' mean probabilities, over all images and by group."""
+    store, split = ctx.store, ctx.recipe.eval.split
+    parts = {"train": "train", "scored": split}
+    labels = {key: torch.from_numpy(store.labels[store.split(p)]) for key, p in parts.items()}
+    student = {key: own[part] for key, part in parts.items()}
+    teachers = {key: frozen[part][:num_teachers] for key, part in parts.items()}
+    groups, count = store.groups[store.split(split)], len(store.group_names)
+    found: dict[str, Any] = {"error": error_parts(student, teachers, labels, groups, count)}
+    if num_teachers:
+        taught = teachers["scored"].double().softmax(-1).mean(0).argmax(-1)
+        agrees = 100.0 * (taught == student["scored"].argmax(-1)).numpy()
+        found["agreement"] = float(agrees.mean())
+        found["agreement_groups"] = by_group(agrees, groups, count)
+    return found
+
+
+def describe_weights(model: Scored, frozen: Tensor, ctx: Context) -> dict[str, Any]:
+    """The mean weight of each teacher by group that a student's weighting gives once the student is
+    finished, and the share of images, in per cent, of which no teacher has any."""
+    store, student = ctx.store, ctx.students[model.row]
+    indices, count = store.split(ctx.recipe.eval.split), len(store.group_names)
+    weights = finished_weights(model, frozen, ctx).numpy()  # [M, N]
+    groups = store.groups[indices]
+    idle = 100.0 * (weights.sum(0) == 0)
+    return {
+        "weighting": student.weighting_name,
+        "weights": [by_group(each, groups, count) for each in weights],
+        "zero_weight": by_group(idle, groups, count),
+    }
+
+
+def finished_weights(model: Scored, frozen: Tensor, ctx: Context) -> Tensor:
+    """What a student's weighting says of its teachers for the scored images, float64 [M, N], from
+    logits [M + biased ones, N, C] of the frozen networks; in batches as in training, where it
+    looks at a batch as a whole."""
+    store, student = ctx.store, ctx.students[model.row]
+    device, runtime = ctx.runtime.device, ctx.runtime.alone()
+    indices, count = store.split(ctx.recipe.eval.split), len(ctx.ensemble(student))
+    departures = None
+    if student.has_departures:
+        targets = frozen_targets(student, store, ctx, ctx.runtime.together())
+        departures = targets.measure()
+    biased = frozen[count:].mean(0) if len(frozen) > count else None
+    network = load_model(model.path, device, store).requires_grad_(True)
+    weighting: Any = student.weighting
+    weigh: Weigh = WEIGHTINGS.get(weighting, weighting)
+    found = torch.zeros(count, len(indices), dtype=torch.float64)
+    batches = epoch_batches(len(indices), student.train.batch_size, 0, 0)
+    for step, places in enumerate(batches):
+        images, at = store.view(indices[places], device), torch.from_numpy(places)
+        output = network(images)
+        labels = runtime.upload(store.labels[indices[places]])
+        batch = Batch(
+            student, network, images, labels, places, len(places), step, 0, runtime, output
+        )
+        answers = Ensemble(
+            frozen[:count, at].to(device), None if biased is None else biased[at].to(device),
+            departures,
+        )
+        found[:, at] = weigh(output, answers, batch).detach().double().cpu()
+    return found
+
+
+TOP_FEATURES, EXCITED_IMAGES = 3, 8
+
+
+def describe_features(model: Scored, ctx: Context) -> list[dict[str, Any]]:
+    """The pooled dimensions of a network that tell the groups of a class apart, with their head
+    weights (of the group's class, less the mean of the others'), and a sheet of the images that
+    excite them most. Empty without attributes."""
+    store = ctx.store
+    if store.num_attributes == 1:
+        return []
+    indices = store.split(ctx.recipe.eval.split)
+    network = load_model(model.path, ctx.runtime.device, store)
+    blocks = extract({"": network}, store, indices, ctx.runtime.alone())
+    features = torch.cat([found[""].float().cpu() for _, _, found in blocks]).numpy()
+    labels, attributes = store.labels[indices], store.attributes[indices]
+    weight = network.head.weight.detach().double().cpu().numpy()
+    rows = []
+    for (y, a), dimensions in telling_features(features, labels, attributes, TOP_FEATURES).items():
+        of_class = labels == y
+        for i, divergence in dimensions:
+            column = features[:, i]
+            rows.append({
+                "group": store.cell_names[y * store.num_attributes + a],
+                "dimension": i,
+                "divergence": divergence,
+                "mean": float(column[of_class & (attributes == a)].mean()),
+                "mean_elsewhere": float(column[of_class & (attributes != a)].mean()),
+                "weight": float(weight[y, i] - np.delete(weight[:, i], y).mean()),
+                "images": [int(k) for k in indices[np.argsort(-column)[:EXCITED_IMAGES]]],
+            })
+    if ctx.runtime.accelerator.is_main_process and rows:
+        write_file(ctx.out / feature_sheet(model.row), draw_features(rows, store))
+    return rows
+
+
+def feature_sheet(student: str) -> str:
+    """File name of a student's sheet."""
+    return f"features-{student}.png"
+
+
+def draw_features(rows: Sequence[Mapping[str, Any]], store: Store) -> bytes:
+    """The images that excite each dimension most (PNG): a line a dimension."""
+    figure, pyplot = new_figure()
+    figure.set_size_inches(1.1 * EXCITED_IMAGES + 2, 1.25 * len(rows))
+    axes = figure.subplots(len(rows), EXCITED_IMAGES, squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, i in zip(line, row["images"], strict=False):
+            axis.imshow(store.raw(np.array([i]))[0].transpose(1, 2, 0), interpolation="nearest")
+            axis.set_title(shorten(store.class_names[store.labels[i]], 14), fontsize=7)
+        text = f"{row['group']}\ndimension {row['dimension']}"
+        line[0].text(-0.2, 0.5, text, fontsize=8, ha="right", va="center",
+                     transform=line[0].transAxes)
+    return png(figure, pyplot)
 
 
 def curves(recipe: Recipe) -> list[dict[str, Any]]:
@@ -6114,6 +6362,8 @@ def report(results: Mapping[str, Any]) -> str:
             "fitted on group-balanced images of validation, scored on others.",
             probe_table(results["probes"]),
         ]
+    if results.get("analysis"):
+        parts += analysis_parts(results)
     if results.get("ensembles"):
         parts += [
             "## Teachers",
@@ -6183,6 +6433,93 @@ def ensemble_text(ensemble: Mapping[str, Any]) -> str:
             f"that of {room['student']} {room['average']:.1f}: averaging them {loss}."
         )
     return "\n\n".join(parts)
+
+
+def analysis_parts(results: Mapping[str, Any]) -> list[str]:
+    """What Eval.analysis found, as Markdown."""
+    split = results["about"]["split"]
+    names = [group["name"] for group in results["groups"]]
+    parts = [
+        "## Students taken apart",
+        f"Cross-entropy in nats: to the teachers' mean answer on train (R_KD), to labels on train "
+        f"(R*) and on {split} (R). Ω = R − R*, the gap to images not trained on; Ψ = R* − R_KD, "
+        "what the teachers' answers differ from labels; Ω by group: the gap of that group alone.",
+        error_table(results["analysis"], names),
+    ]
+    taught = [row for row in results["analysis"] if "weights" in row["members"][0]]
+    if taught:
+        parts += [
+            f"Agreement with the teachers' mean answer, per cent of {split} images:",
+            agreement_table(taught, names),
+            "Mean weight of each teacher for the finished student, by group, and the images, in "
+            "per cent, of which no teacher has any:",
+            weight_table(taught, names),
+        ]
+    if any(row["members"][0]["features"] for row in results["analysis"]):
+        parts += [
+            "Pooled dimensions that tell a group from the others of its class (first seed): "
+            "symmetrised KL divergence of their histograms, their means in the group and "
+            "elsewhere in the class, and their weight in the head for the class, less that for "
+            f"others. The images that excite them most: {feature_sheet('STUDENT')}.",
+            feature_table(results["analysis"]),
+        ]
+    return parts
+
+
+def number_cell(values: Sequence[float | None]) -> str:
+    """Mean of the values that are there, to three places."""
+    present = [value for value in values if value is not None]
+    return f"{np.mean(present):.3f}" if present else "–"
+
+
+def error_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A line a student: its error taken apart."""
+    keys = ("risk_kd", "risk_train", "risk_scored", "omega", "psi")
+    lines = []
+    for row in rows:
+        errors = [member["error"] for member in row["members"]]
+        cells = [number_cell([each[key] for each in errors]) for key in keys]
+        cells += [number_cell([e["group_gaps"][g] for e in errors]) for g in range(len(names))]
+        lines.append([row["name"], *cells])
+    header = ["", "R_KD", "R*", "R", "Ω", "Ψ", *(f"Ω, {name}" for name in names)]
+    return table(header, lines)
+
+
+def agreement_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A line a student: agreement with its teachers, over all images and by group."""
+    lines = []
+    for row in rows:
+        members = row["members"]
+        cells = [mean_cell([member["agreement"] for member in members])]
+        for g in range(len(names)):
+            cells.append(mean_cell([member["agreement_groups"][g] for member in members]))
+        lines.append([row["name"], *cells])
+    return table(["", "all", *names], lines)
+
+
+def weight_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A line for each teacher of each student, and for images without a weight."""
+    lines = []
+    for row in rows:
+        members, groups = row["members"], range(len(names))
+        for t, teacher in enumerate(members[0]["teachers"]):
+            cells = [number_cell([m["weights"][t][g] for m in members]) for g in groups]
+            lines.append([f"{row['name']}: {teacher}", *cells])
+        cells = [mean_cell([m["zero_weight"][g] for m in members]) for g in groups]
+        lines.append([f"{row['name']}: no weight, %", *cells])
+    return table(["", *names], lines)
+
+
+def feature_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each dimension that tells a group from others, by student."""
+    lines = []
+    for row in rows:
+        for found in row["members"][0]["features"]:
+            keys = ("divergence", "mean", "mean_elsewhere", "weight")
+            figures = [f"{found[key]:.3f}" for key in keys]
+            lines.append([row["name"], found["group"], str(found["dimension"]), *figures])
+    header = ["", "group", "dimension", "divergence", "mean", "elsewhere", "head weight"]
+    return table(header, lines)
 
 
 def probe_table(probes: Sequence[Mapping[str, Any]]) -> str:

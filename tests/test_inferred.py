@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, write_images
+from PIL import Image
 from safetensors.torch import load_file
 from test_processes import TWO, files, processes
 from test_runs import same
@@ -398,3 +399,122 @@ def test_heads_of_known_groups_keep_their_fingerprints() -> None:
         "penalties": [1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01],
     }
     assert grokd.settings_of(DFR(groups="eiil"))["groups"] == "eiil"
+
+
+# Analysis in eval
+
+
+def log_softmax(z: np.ndarray) -> list[float]:
+    return [float(each - np.log(sum(np.exp(other) for other in z))) for each in z]
+
+
+def test_error_parts_equal_slow_literal_sums() -> None:
+    random = np.random.default_rng(0)
+    student = {"train": random.normal(size=(5, 3)), "scored": random.normal(size=(4, 3))}
+    teachers = random.normal(size=(2, 5, 3))
+    labels = {"train": np.array([0, 1, 2, 0, 1]), "scored": np.array([2, 2, 0, 1])}
+    groups = np.array([0, 0, 1, 3])
+    as_tensors = [{key: torch.from_numpy(value) for key, value in each.items()}
+                  for each in (student, {"train": teachers}, labels)]
+    got = grokd.error_parts(as_tensors[0], as_tensors[1], as_tensors[2], groups, 4)
+    risk = {
+        part: [-log_softmax(z)[y] for z, y in zip(student[part], labels[part], strict=True)]
+        for part in student
+    }
+    kd = 0.0
+    for i, z in enumerate(student["train"]):
+        for c in range(3):
+            target = sum(np.exp(log_softmax(t[i])[c]) for t in teachers) / 2
+            kd -= target * log_softmax(z)[c] / 5
+    train, scored = sum(risk["train"]) / 5, sum(risk["scored"]) / 4
+    assert got["risk_kd"] == pytest.approx(kd)
+    assert (got["omega"], got["psi"]) == pytest.approx((scored - train, train - kd))
+    assert got["omega"] + got["psi"] == pytest.approx(got["risk_scored"] - got["risk_kd"])
+    first, second, _, third = got["group_gaps"]
+    assert got["group_gaps"][2] is None
+    assert first == pytest.approx(sum(risk["scored"][:2]) / 2 - train)
+    assert (second, third) == pytest.approx(
+        (risk["scored"][2] - train, risk["scored"][3] - train))
+
+
+def test_divergence_equals_slow_literal_histograms() -> None:
+    random = np.random.default_rng(2)
+    a, b = random.normal(size=(30, 2)), random.normal(size=(50, 2))
+    b[:, 0] += 3
+    a[:, 1] = b[:, 1] = 0.5  # a dimension that says nothing
+    got = grokd.divergences(a, b)
+    low, high = min(*a[:, 0], *b[:, 0]), max(*a[:, 0], *b[:, 0])
+    counts = np.ones((2, 20))
+    for k, values in enumerate((a[:, 0], b[:, 0])):
+        for value in values:
+            counts[k, min(int((value - low) / (high - low) * 20), 19)] += 1
+    p, q = counts[0] / 50, counts[1] / 70
+    expected = sum(x * np.log(x / y) + y * np.log(y / x) for x, y in zip(p, q, strict=True))
+    assert got == pytest.approx([expected, 0.0])
+
+
+def test_features_that_tell_groups_of_a_class_apart_are_found() -> None:
+    random = np.random.default_rng(4)
+    labels, attributes = np.repeat([0, 1], 60), np.tile([0, 1], 60)
+    features = random.normal(size=(120, 4))
+    features[:, 1] += 5 * attributes  # the shortcut
+    features[:, 2] += 9 * labels  # the class, which tells no groups of a class apart
+    found = grokd.telling_features(features, labels, attributes, 1)
+    assert found.keys() == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert found[0, 1][0][0] == found[1, 1][0][0] == 1
+    one, other = (features[(labels == 1) & (attributes == a)] for a in (1, 0))
+    assert found[1, 1][0][1] == grokd.divergences(one, other)[1]
+    assert not [i for i, _ in (*found[0, 0], *found[1, 0]) if i == 1]  # there it is not excited
+
+
+def test_analysis_describes_the_saved_networks(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures recomputed from the files alone, image by image."""
+    monkeypatch.chdir(images)
+    chosen = ["--student", "agre", "one-hot", "--seeds", "0"]
+    for command in (["teachers", "tiny.py"], ["bias-model", "tiny.py"],
+                    ["distill", "tiny.py", *chosen], ["eval", "tiny.py", "--seeds", "0"]):
+        grokd.command_line(command)
+    assert results(images)["analysis"] == []
+    grokd.command_line(["eval", "tiny.py", "--analysis", "--seeds", "0"])
+    rows = {row["name"]: row["members"][0] for row in results(images)["analysis"]}
+    store = grokd.open_store(grokd.load_recipe(str(images / "tiny.py")).data, str(images))
+    names = ["students/agre/seed0/model", "teachers/0/dfr", "teachers/1/dfr", "teachers/0/erm"]
+    networks = [grokd.load_model(images / f"runs/tiny/{name}.safetensors") for name in names]
+    weights: dict[int, list[list[float]]] = {g: [] for g in range(4)}
+    agreed = []
+    for i in store.split("test"):
+        view = store.view(np.array([i]), torch.device("cpu"))
+        z = [each(view)[0].double() for each in networks]
+        student, *others = [each.div(4).softmax(0) for each in z]  # tau 4
+        pulls = [student - each for each in others]
+        cosine = [torch.nn.functional.cosine_similarity(t, pulls[2], dim=0) for t in pulls[:2]]
+        weights[int(store.groups[i])].append([round(1 - float(each)) for each in cosine])
+        taught = (z[1].softmax(0) + z[2].softmax(0)).argmax()
+        agreed.append(int(taught) == int(z[0].argmax()))
+    agre = rows["agre"]
+    for g in range(4):
+        for t in range(2):
+            expected = np.mean([each[t] for each in weights[g]])
+            assert agre["weights"][t][g] == pytest.approx(expected)
+        assert agre["zero_weight"][g] == 100 * np.mean([sum(each) == 0 for each in weights[g]])
+    assert agre["agreement"] == 100 * np.mean(agreed)
+    assert agre["error"]["psi"] is not None and rows["one-hot"]["error"]["psi"] is None
+    assert "weights" not in rows["one-hot"]
+
+    feature = agre["features"][0]
+    pooled = networks[0].features(store.view(store.split("test"), torch.device("cpu")))
+    column = pooled[:, feature["dimension"]].detach().numpy()
+    groups = store.groups[store.split("test")]
+    assert feature["group"] == "class 0, attribute 0"
+    assert feature["mean"] == pytest.approx(column[groups == 0].mean(), rel=1e-4)
+    assert feature["mean_elsewhere"] == pytest.approx(column[groups == 1].mean(), rel=1e-4)
+    assert feature["mean"] > feature["mean_elsewhere"]
+    head = networks[0].head.weight[:, feature["dimension"]]
+    assert feature["weight"] == pytest.approx(float(head[0] - head[1]), rel=1e-4)
+    assert feature["images"][0] == store.split("test")[column.argmax()]
+    report = (images / "runs/tiny/report.md").read_text()
+    assert "## Students taken apart" in report and "| agre: teachers/1/dfr " in report
+    with Image.open(images / "runs/tiny/features-agre.png") as sheet:
+        assert sheet.width > 500
