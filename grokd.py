@@ -207,7 +207,7 @@ class Row(NamedTuple):
 
     image: Path | np.ndarray  # a file, or a uint8 array [H, W] or [H, W, 3]
     label: int  # core class y, 0..C-1
-    attribute: int  # spurious attribute a, 0..A-1; -1 where a training image's is unknown
+    attribute: int  # spurious attribute a, 0..A-1; -1: unknown, in training; all 0: no labels
     split: str  # "train", "val" or "test"
 
 

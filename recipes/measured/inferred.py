@@ -5,8 +5,8 @@
 For every seed, an ensemble of teachers, a biased model and students of recipes/digits_hidden.py,
 with the background's colour hidden from all but the last row. Test images are scored by their true
 groups; nothing was chosen by these. Runs stand under runs/inferred/SEED/HEAD and are gone on with;
-teachers and one-hot students are trained once a seed with hidden colours, since only heads differ.
---save writes inferred.json beside this file.
+teachers are trained once a seed with hidden colours, since only heads differ. --save writes
+inferred.json beside this file.
 """
 
 import argparse
@@ -36,14 +36,13 @@ KINDS = {"teachers": "teachers/*/dfr", "one-hot": "students/one-hot-dfr/*/model"
 
 
 def run(head: str, seed: int) -> Path:
-    """The folder of a finished run. Networks come from the first one, where its data are the same.
-    """
+    """The folder of a finished run. ERM networks come from the first, if its data are the same."""
     out = Path("runs/inferred") / str(seed) / head
     first = out.parent / next(iter(HEADS))
     if head not in (first.name, "known") and not out.exists():
-        own = shutil.ignore_patterns("dfr.*", "*.lock", "average", "one-hot-dfr", "results*",
-                                     "report*", "*.png")
-        shutil.copytree(first, out, ignore=own)
+        for part in ("teachers", "bias-model"):
+            others = shutil.ignore_patterns("dfr.*", ".lock")
+            shutil.copytree(first / part, out / part, ignore=others)
     grokd.command_line([
         "run", f"digits_hidden:{head}", "--teachers.seed", str(seed), "--bias-model.seed",
         f"1{seed:03d}", "--seeds", str(seed), "--out", str(out)])
