@@ -342,8 +342,8 @@ class DFR:
     # sgd: passes over the reweighting part.
     epochs: Annotated[Count, When(method=("auto", "sgd"))] = 100
     # afr: how much more an image counts whose label has a low probability. Published: 4 to 20 for
-    # Waterbirds, 1 to 3 for CelebA, chosen with group labels.
-    gamma: Annotated[NotNegative, AFR] = 10.0
+    # Waterbirds, 1 to 3 for CelebA, chosen with group labels. On the digits 4 is too much.
+    gamma: Annotated[NotNegative, AFR] = 2.0
     # afr: weight of the squared distance from the learnt head. Published: 0 to .3.
     regularisation: Annotated[NotNegative, AFR] = 0.1
     lr: Annotated[NotNegative, AFR] = 0.01  # afr: learning rate. Published: .01 and .02.
