@@ -10,6 +10,7 @@ take; --augment FOLDER counts a finished set's UNet evaluations. Times are measu
 import argparse
 import functools
 import json
+import mmap
 import os
 import resource
 import statistics
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import typing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -241,6 +243,18 @@ def low_precision(store: grokd.Store, batch: np.ndarray, dtype: torch.dtype) -> 
     return 255 * float((rounded - exact).abs().max())
 
 
+def forget(store: grokd.Store) -> None:
+    """Leave the store to the disk: nothing of it stays in the machine's memory."""
+    typing.cast(Any, store.images)._mmap.madvise(mmap.MADV_DONTNEED)
+    with open(store.folder / "images.u8", "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_words(num_threads: int) -> str:
+    return f"{num_threads} thread{'s' if num_threads > 1 else ''}"
+
+
 def data_path(folder: str, runs: int, precision: str = "float32") -> list[list[str]]:
     """Training views of 224 pixels (crop, flip) from a store of 256, batches of 256."""
     runtime, count, size = grokd.Runtime.start(precision), 1024, 256
@@ -266,9 +280,13 @@ def data_path(folder: str, runs: int, precision: str = "float32") -> list[list[s
             kept.memory = np.zeros((256, 3, size, size), np.uint8)
         return store._stored(batch, kept.memory)
 
-    def gather(num_threads: int) -> None:
-        for _ in grokd.prefetch(8 * batches, gather_batch, num_threads):
+    def gather(num_threads: int, repeats: int = 8) -> None:
+        for _ in grokd.prefetch(repeats * batches, gather_batch, num_threads):
             pass
+
+    def gather_from_disk(num_threads: int) -> None:
+        forget(store)
+        gather(num_threads, 1)
 
     def read() -> None:
         for batch in batches:
@@ -296,21 +314,21 @@ def data_path(folder: str, runs: int, precision: str = "float32") -> list[list[s
 
     on_host = [store.read(batch, device, 0) for batch in batches]
     on_device = [grokd.Stored(b.raw.to(device), b.transform, b.flips) for b in on_host]
-    work: dict[str, Callable[[], Any]] = {
-        f"gathering into memory that is used again, {n} thread{'s' if n > 1 else ''}":
-            functools.partial(gather, n)
-        for n in threads
-    }
-    work["gathering and choosing boxes, in turn"] = read
+    work: dict[str, Callable[[], Any]] = {}
+    for n in (1, 2, 4):
+        work[f"gathering from the disk, {in_words(n)}"] = functools.partial(gather_from_disk, n)
+    from_disk = median_times(*work.values(), runs=runs)  # before other processes hold the store
+    rows = [[name, f"{count / t:,.0f} images/s"] for name, t in zip(work, from_disk, strict=True)]
+    work = {f"gathering from memory, {in_words(n)}": functools.partial(gather, n) for n in threads}
+    work["the same with crops chosen, in turn"] = read
     if gpu:
         work["upload from pinned memory"] = upload
     work["crop and flip on the device"] = lambda: show(on_device)
-    work[f"all of it, {ahead} thread{'s' if ahead > 1 else ''} ahead"] = whole
+    work[f"all of it, {in_words(ahead)} ahead"] = whole
     work["torch's DataLoader, torchvision's transforms v2, 2 workers"] = by_loader
     times = median_times(*work.values(), runs=runs)
-    rows = []
     for name, seconds in zip(work, times, strict=True):
-        images = 8 * count if name.startswith("gathering into") else count
+        images = 8 * count if name.startswith("gathering from") else count
         rows.append([name, f"{images / seconds:,.0f} images/s"])
     for dtype in (torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
