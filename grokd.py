@@ -4672,14 +4672,19 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def fit_memory(generator: Generator, judge: Judge) -> None:
-    """Choose how many samples pass through generator and judge at once, and say what they need."""
-    settings, parts, networks = judge.settings, generator.sample_bytes(), 0
+def guidance_bytes(generator: Generator, judge: Judge) -> dict[str, int]:
+    """What the gradient of one image needs in each network. They come in turns."""
+    parts, networks = generator.sample_bytes(), 0
     for model in (*judge.teachers, judge.student):
         side = model.input.input_size or judge.crop
         image = torch.empty((1, 3, side, side), dtype=model.head.weight.dtype, device="meta")
         networks += gradient_bytes(model.trunk, image.requires_grad_())
-    parts["teachers and student"] = (1 + settings.cutouts) * networks
+    return parts | {"teachers and student": (1 + judge.settings.cutouts) * networks}
+
+
+def fit_memory(generator: Generator, judge: Judge) -> None:
+    """Choose how many samples pass through generator and judge at once, and say what they need."""
+    settings, parts = judge.settings, guidance_bytes(generator, judge)
     need, free = max(parts.values()), free_bytes(generator.device)
     fits = max(1, int(0.8 * free / need))  # the rest: latents, images, what the allocator loses
     size = min(settings.micro_batch or fits, settings.in_flight)
