@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import functools
+import importlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -684,3 +686,70 @@ def test_shared_compiled_student_with_taps_and_micro_batches_equals_one_alone(
         launcher=TWO,
     )
     assert done.stdout.count("PASSED") == 2
+
+
+# The check of a machine's GPUs
+
+CHECK = ROOT / "recipes" / "measured" / "gpu_check.py"
+
+
+def test_check_of_gpus_passes_on_the_cpu(tmp_path: Path) -> None:
+    """The same code as on a GPU, with tiny networks."""
+    save = tmp_path / "checked.json"
+    done = subprocess.run(
+        [sys.executable, str(CHECK), "--cpu", "--quick", "--save", str(save)],
+        cwd=tmp_path, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(save.read_text())
+    outcomes = {row[0]: row[1] for row in record["rows"]}
+    assert set(outcomes.values()) == {"ok"}
+    assert {
+        "float32", "bfloat16", "float16", "compile, feature distillation", "killed and gone on",
+        "2 process(es), torchrun", "generator, guided, float16",
+    } <= outcomes.keys()
+    rate, bare, ratio = map(float, record["rows"][-1][3:6])
+    assert rate > 0 and bare > 0 and ratio == pytest.approx(rate / bare, rel=0.1)
+    assert record["about"]["command"].startswith("python gpu_check.py --cpu --quick")
+    assert [path.name for path in tmp_path.iterdir()] == ["checked.json"]
+
+
+def test_checks_that_fail_are_one_line_each_and_stop_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(CHECK.parent)
+    check: Any = importlib.import_module("gpu_check")
+    place = check.Place(tmp_path, cpu=True, quick=True, num_processes=2)
+
+    def refused() -> None:
+        raise Problem("no such\nluck")
+
+    monkeypatch.setattr(check, "checks", lambda place: {
+        "refused": lambda: check.child(place, refused),
+        "crashed": lambda: check.child(place, os._exit, 3),
+        "fine": lambda: check.child(place, check.Finding, "as it should be"),
+    })
+    rows, failures = check.run_checks(place)
+    assert [row[:3] for row in rows] == [
+        ["refused", "failed", ""], ["crashed", "failed", ""], ["fine", "ok", "as it should be"],
+    ]
+    assert failures == [
+        "refused: no such", "crashed: its process ended without an answer",
+    ]
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def test_loss_far_from_that_of_float32_fails_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(CHECK.parent)
+    check: Any = importlib.import_module("gpu_check")
+    place = check.Place(tmp_path, cpu=True, quick=True, num_processes=2)
+    for out, loss in (("float32", 0.5), ("near", 0.52), ("far", 0.6), ("none", float("nan"))):
+        folder = tmp_path / "runs" / out / "students/average/seed0"
+        folder.mkdir(parents=True)
+        (folder / "model.history.json").write_text(json.dumps({"epochs": [{"loss": loss}]}))
+    assert check.compare(place, "near", ["average"], 0.05).startswith("loss of average 0.5200")
+    for out in ("far", "none"):
+        with pytest.raises(Problem, match=r"of float32 0\.5000"):
+            check.compare(place, out, ["average"], 0.05)

@@ -141,8 +141,9 @@ def work(pipe: Connection, log: Path, function: Callable[[], Any]) -> None:
         try:
             result, problem = function(), ""
         except Exception as error:  # of whatever kind: the other checks go on
-            traceback.print_exc()
-            result, problem = None, f"{type(error).__name__}: {error}".splitlines()[0]
+            traceback.print_exc(file=file)
+            kind = "" if isinstance(error, Problem) else f"{type(error).__name__}: "
+            result, problem = None, f"{kind}{error}".splitlines()[0]
         measured = not isinstance(result, Finding) or not math.isnan(result.peak)
         if not measured and torch.cuda.is_initialized():
             result.peak = torch.cuda.max_memory_allocated() / 2**30
