@@ -2469,8 +2469,8 @@ def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> Non
 def prefetch(
     items: Sequence[Any], load: Callable[[Any], Any], num_threads: int = 1
 ) -> Iterator[tuple[Any, Any]]:
-    """Each item with load(item), in order. Threads are at work on the items ahead, one more than
-    they are."""
+    """Each item with load(item), in order; threads load ahead, one item more than there are
+    threads."""
     count = num_threads + 1
     with ThreadPoolExecutor(num_threads) as threads:
         ahead = [threads.submit(load, item) for item in items[:count]]
