@@ -1979,9 +1979,9 @@ def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on the device, without a wait."""
-    return pinned(torch.from_numpy(array), device).to(device, non_blocking=True)
+def upload(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """An array of the host on the device, without a wait."""
+    return pinned(torch.as_tensor(array), device).to(device, non_blocking=True)
 
 
 # Settings by which accelerate would change the loss or the way of training: values that leave
@@ -2022,6 +2022,13 @@ def check_launch(environment: Mapping[str, str]) -> None:
         if value.lower() not in plain_values:
             raise Problem(f"{name} is {value} in the environment, which grokd does not follow: "
                           f"{instead}, or unset it.")
+
+
+# What a GPU may ask for in a second: a ResNet-18 on an H100 learns some 10,000 images of 224 pixels
+# (stored as 256), and larger ones more slowly.
+ASKED_IMAGES, ASKED_BYTES = 10_000, 2e9
+# What one thread gathers in a second from a disk; where images are in memory, ten times that.
+GATHERED_BYTES = 0.6e9
 
 
 @dataclass(frozen=True)
@@ -2104,9 +2111,21 @@ class Runtime:
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         return self.accelerator.autocast()
 
-    def upload(self, array: np.ndarray) -> Tensor:
-        """An array on the device, without a wait."""
+    def upload(self, array: np.ndarray | Tensor) -> Tensor:
+        """An array of the host on the device, without a wait."""
         return upload(array, self.device)
+
+    def num_readers(self, image_bytes: int) -> int:
+        """Threads that read batches ahead: as many as a GPU may need, and no more than the cores
+        that are there for each process of the node. They change no bit, only the speed.
+
+        One on a CPU, whose cores the network has a better use for."""
+        if self.device.type == "cpu":
+            return 1
+        asked = min(ASKED_IMAGES * image_bytes, ASKED_BYTES)
+        cores = len(os.sched_getaffinity(0))
+        share = cores // (self.local_world or self.accelerator.num_processes)
+        return max(1, min(math.ceil(asked / GATHERED_BYTES), share))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over the processes that share one training."""
@@ -2353,22 +2372,35 @@ class Store:
 
     def raw(self, indices: np.ndarray) -> np.ndarray:
         """Stored images, uint8 [B, 3, S, S]. Checksums are verified when first read."""
+        return self.gather(indices, torch.device("cpu")).numpy()
+
+    def gather(self, indices: np.ndarray, device: torch.device) -> Tensor:
+        """The same for a device: what a GPU is to have is written to pinned memory at once."""
+        shape = (len(indices), 3, self.data.size, self.data.size)
+        if device.type == "cuda":
+            images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        else:
+            # Of fresh memory numpy asks for larger pages than torch, which are got faster.
+            images = torch.from_numpy(np.empty(shape, np.uint8))
+        array = images.numpy()
         if self.extra is None:
-            return self._stored(indices)
+            self._stored(indices, array)
+            return images
         num_stored = len(self.labels) - len(self.extra)
         stored = indices < num_stored
-        images = self.extra[np.maximum(indices - num_stored, 0)]
+        array[~stored] = self.extra[indices[~stored] - num_stored]
         if stored.any():
-            images[stored] = self._stored(indices[stored])
+            array[stored] = self._stored(indices[stored])
         return images
 
-    def _stored(self, indices: np.ndarray) -> np.ndarray:
+    def _stored(self, indices: np.ndarray, images: np.ndarray | None = None) -> np.ndarray:
         if self.offsets:
-            return np.stack(list(THREADS.map(self._decoded, indices.tolist())))
+            return np.stack([*THREADS.map(self._decoded, indices.tolist())], out=images)
         for block in set((indices // BLOCK).tolist()) - self.checked:
             first = block * BLOCK
             self._check(block, self.images[first : first + BLOCK].tobytes())
-        return self.images[indices]
+        # clip: to raise, numpy would first gather elsewhere.
+        return np.take(self.images, indices, 0, images, "clip")
 
     def _decoded(self, i: int) -> np.ndarray:
         content = self.images[self.offsets[i] : self.offsets[i + 1]].tobytes()
@@ -2401,7 +2433,7 @@ class Store:
             boxes = random_boxes(seed, view, indices, self.data)
             transform = pinned(crop_transforms(boxes, flips, self.data.size), device)
             flips = None
-        raw = pinned(torch.from_numpy(self.raw(indices)), device)
+        raw = self.gather(indices, device)
         if flips is None or not flips.any():
             return Stored(raw, transform)
         return Stored(raw, transform, pinned(torch.from_numpy(flips), device))
@@ -2653,13 +2685,17 @@ def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> Non
     part.rename(folder)
 
 
-def prefetch(items: Sequence[Any], load: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
-    """Each item with load(item), which a thread of its own computes two items ahead."""
-    with ThreadPoolExecutor(1) as thread:
-        ahead = [thread.submit(load, item) for item in items[:2]]
+def prefetch(
+    items: Sequence[Any], load: Callable[[Any], Any], num_threads: int = 1
+) -> Iterator[tuple[Any, Any]]:
+    """Each item with load(item), in order; threads load ahead, one item more than there are
+    threads."""
+    count = num_threads + 1
+    with ThreadPoolExecutor(num_threads) as threads:
+        ahead = [threads.submit(load, item) for item in items[:count]]
         for i, item in enumerate(items):
-            if i + 2 < len(items):
-                ahead.append(thread.submit(load, items[i + 2]))
+            if i + count < len(items):
+                ahead.append(threads.submit(load, items[i + count]))
             yield item, ahead.pop(0).result()
 
 
@@ -3066,7 +3102,7 @@ def extract(
         part = slice(block * BLOCK, min((block + 1) * BLOCK, len(indices)))
         return part, store.read(indices[part], runtime.device, view, seed)
 
-    ahead: Any = prefetch(blocks, load)
+    ahead: Any = prefetch(blocks, load, runtime.num_readers(store_bytes(1, store.data.size)))
     if len(blocks) > 20:
         ahead = progress_bar(ahead, "predict", total=len(blocks))
     for block, (part, stored) in ahead:
@@ -3325,7 +3361,7 @@ class Targets:
                 positions = np.arange(start, min(start + BLOCK, len(labels)))
                 teachers, biased = self._divide(self.logits(positions))
                 assert biased is not None
-                yield teachers, biased, labels[positions].to(teachers.device)
+                yield teachers, biased, upload(labels[positions], teachers.device)
 
         return measure_departures(blocks())
 
@@ -3919,7 +3955,8 @@ class Training:
         """What is left of an epoch: total batches, with this process's micro-batches, ahead."""
         done = self.progress.step - epoch * self.steps_per_epoch
         read = functools.partial(self._read, self.view_of(epoch))
-        return prefetch(self._epoch(epoch)[done:], read)
+        readers = self.runtime.num_readers(store_bytes(1, self.job.store.data.size))
+        return prefetch(self._epoch(epoch)[done:], read, readers)
 
     def _read(self, view: int, batch: np.ndarray) -> list[Part]:
         """This process's micro-batches: all that a step would else have to wait for."""
@@ -3929,7 +3966,7 @@ class Training:
         for places, learnt in micro_batches(batch, rank, world, self.train.micro_batch):
             indices = self.indices[places]
             if self.job.view:
-                stored = Stored(pinned(torch.from_numpy(store.raw(indices)), device))
+                stored = Stored(store.gather(indices, device))
             else:
                 stored = store.read(indices, device, view, self.train.view_seed)
             labels = pinned(torch.from_numpy(store.labels[indices]), device)
@@ -4781,7 +4818,7 @@ class Generator:
 
     def latents(self, raw: np.ndarray) -> Tensor:
         """Stored images, uint8 [b, 3, S, S], as the generator's clean latents."""
-        x = torch.from_numpy(raw).to(self.device, self.dtype) / 127.5 - 1
+        x = upload(raw, self.device).to(self.dtype) / 127.5 - 1
         if x.shape[-1] != self.side:
             x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
         if self.vae is None:
@@ -4815,7 +4852,7 @@ class Generator:
     def begin(self, raw: np.ndarray, *key: int) -> Tensor:
         """The latent to start from, [1, ...], of one stored image [1, 3, S, S]."""
         clean = self.latents(raw)
-        noise = noise_like(clean.shape, self.dtype, *key).to(self.device)
+        noise = upload(noise_like(clean.shape, self.dtype, *key), self.device)
         if self.settings.strength == 1:
             return noise * self.scheduler.init_noise_sigma
         self.restart()
@@ -4852,9 +4889,10 @@ class Generator:
         """Mean denoising loss [b] of stored images over a few noise levels: lower is more real."""
         clean, losses = self.latents(raw), []
         for level in self.LEVELS:
-            t = torch.tensor([int(level * len(self.noising.timesteps))], device=self.device)
-            noise = noise_like(clean.shape[1:], self.dtype, Stream.REALISM, int(t)).to(self.device)
-            noise = noise.expand_as(clean)
+            step = int(level * len(self.noising.timesteps))
+            t = torch.full((1,), step, device=self.device)
+            noise = noise_like(clean.shape[1:], self.dtype, Stream.REALISM, step)
+            noise = upload(noise, self.device).expand_as(clean)
             target = noise
             if self.noising.config.prediction_type == "v_prediction":
                 target = self.noising.get_velocity(clean, noise, t)
@@ -4920,14 +4958,19 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def fit_memory(generator: Generator, judge: Judge) -> None:
-    """Choose how many samples pass through generator and judge at once, and say what they need."""
-    settings, parts, networks = judge.settings, generator.sample_bytes(), 0
+def guidance_bytes(generator: Generator, judge: Judge) -> dict[str, int]:
+    """What the gradient of one image needs in each network. They come in turns."""
+    parts, networks = generator.sample_bytes(), 0
     for model in (*judge.teachers, judge.student):
         side = model.input.input_size or judge.crop
         image = torch.empty((1, 3, side, side), dtype=model.head.weight.dtype, device="meta")
         networks += gradient_bytes(model.trunk, image.requires_grad_())
-    parts["teachers and student"] = (1 + settings.cutouts) * networks
+    return parts | {"teachers and student": (1 + judge.settings.cutouts) * networks}
+
+
+def fit_memory(generator: Generator, judge: Judge) -> None:
+    """Choose how many samples pass through generator and judge at once, and say what they need."""
+    settings, parts = judge.settings, guidance_bytes(generator, judge)
     need, free = max(parts.values()), free_bytes(generator.device)
     fits = max(1, int(0.8 * free / need))  # the rest: latents, images, what the allocator loses
     size = min(settings.micro_batch or fits, settings.in_flight)
@@ -5041,7 +5084,8 @@ class Judge:
     def scores(self, raw: np.ndarray, labels: Tensor) -> Verdict:
         """What the networks say of stored images."""
         with torch.no_grad():
-            images = torch.from_numpy(raw).to(self.student.head.weight) / 255
+            weight = self.student.head.weight
+            images = upload(raw, weight.device).to(weight.dtype) / 255
             teachers, student = self.logits(images)
         of_t, of_f = self.terms(teachers, student, labels)
         t, f, place = teachers.softmax(-1).mean(0), student.softmax(-1), labels[:, None]
@@ -5075,7 +5119,7 @@ class Judge:
                     noise_like(view.shape[1:], view.dtype, key, i, number, Stream.GUIDANCE)
                     for key, i in zip(keys, iterations, strict=True)
                 ]
-                view = view + self.settings.noise * torch.stack(noise).to(view.device)
+                view = view + self.settings.noise * upload(torch.stack(noise), view.device)
             terms.append(torch.stack(self.terms(*self.logits(view), labels)))
         of_t, of_f = torch.stack(terms).mean(0)  # [b] each
         gradient_t = torch.autograd.grad(of_t.sum(), shown, retain_graph=True)[0]
@@ -5159,7 +5203,7 @@ def generate(
         while queue and len(flight) < settings.in_flight:
             flight.append(launch(queue.pop(), generator, store, seed))
         keys = [sample.key for sample in flight]
-        labels = torch.tensor([sample.label for sample in flight], device=generator.device)
+        labels = upload(np.array([sample.label for sample in flight]), generator.device)
         z = torch.stack([sample.z for sample in flight])
         with torch.set_grad_enabled(settings.guided and settings.iterations > 0):
             z.requires_grad_(torch.is_grad_enabled())
@@ -5331,8 +5375,8 @@ def diffusion_job(artefact: Artefact, ctx: Context, runtime: Runtime) -> Job:
         noise = noise_like(shape, x.dtype, batch.seed, batch.step, Stream.DIFFUSION)[share]
         places = np.arange(batch.total)[share]
         level = hash_uniform(batch.seed, batch.step, Stream.LEVEL, places)
-        t = torch.from_numpy((level * section.num_timesteps).astype(np.int64))
-        return x, noise[: len(x)].to(x.device), t[: len(x)].to(x.device)
+        t = (level * section.num_timesteps).astype(np.int64)
+        return x, runtime.upload(noise[: len(x)]), runtime.upload(t[: len(x)])
 
     def forward(network: nn.Module, batch: Batch) -> Tensor:
         x, noise, t = noised(batch)
@@ -5525,7 +5569,7 @@ def calibrate(generator: Generator, store: Store, share: float) -> float:
     for cell, name in enumerate(store.cell_names):
         members = val[store.cells[val] == cell][:64]
         if len(members):
-            labels = torch.from_numpy(store.labels[members]).to(generator.device)
+            labels = upload(store.labels[members], generator.device)
             losses[name] = generator.realism(store.raw(members), labels).cpu().numpy()
     threshold = float(np.quantile(np.concatenate([*losses.values()]), share))
     rates = {name: float((loss <= threshold).mean()) for name, loss in losses.items()}

@@ -3,7 +3,9 @@
 import errno
 import fcntl
 import functools
+import importlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -450,8 +452,8 @@ def test_map_of_another_batch_is_not_distilled(store: Store, runtime: Runtime) -
 class Waits(TorchDispatchMode):
     """Counts what would make the host wait for a GPU, or stop to copy to it, in this thread.
 
-    Values read by the host, results whose size depends on values, and tensors made from arrays
-    other than through `upload` (or ahead, in a thread).
+    Values read by the host, results whose size depends on values, and tensors made from arrays, or
+    copied by grokd to a device, other than through `upload` (or ahead, in a thread).
     """
 
     READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique")
@@ -466,9 +468,10 @@ class Waits(TorchDispatchMode):
             patch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name), name))
         for name in self.MAKERS:
             patch.setattr(torch, name, self.counted(getattr(torch, name), name))
+        patch.setattr(torch.Tensor, "to", self.counted_copies(torch.Tensor.to))
         upload = grokd.upload
 
-        def excepted(array: np.ndarray, device: torch.device) -> torch.Tensor:
+        def excepted(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
             self.uploading = True
             result = upload(array, device)
             self.uploading = False
@@ -483,6 +486,16 @@ class Waits(TorchDispatchMode):
             return function(*args, **kwargs)
 
         return call
+
+    def counted_copies(self, function: Any) -> Any:
+        def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            named = any(isinstance(arg, torch.device) for arg in [*args, *kwargs.values()])
+            by_grokd = sys._getframe(1).f_code.co_filename == grokd.__file__
+            if named and by_grokd and not (self.uploading or kwargs.get("non_blocking")):
+                self.seen.append("to a device")
+            return function(tensor, *args, **kwargs)
+
+        return to
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -532,9 +545,92 @@ def test_waits_are_seen() -> None:
         if x.sum() > 1:
             x.cpu()
         grokd.upload(np.zeros(3), CPU)
+        grokd.upload(x, CPU)
         torch.from_numpy(np.zeros(3))
+        x.to(CPU)  # not grokd's
+        for options in ("", ", non_blocking=True"):
+            line = compile(f"x.to(device{options})", grokd.__file__, "exec")
+            exec(line, {"x": x, "device": CPU})
     assert waits.seen == ["index by a mask", "__bool__", "_local_scalar_dense", "cpu",
-                          "from_numpy"]
+                          "from_numpy", "to a device"]
+
+
+# Reading
+
+
+def test_batches_of_several_threads_come_in_order() -> None:
+    loaded: list[int] = []
+    first = threading.Event()
+
+    def load(item: int) -> int:
+        if item == 0:
+            first.wait(10)  # the others overtake it
+        loaded.append(item)
+        first.set()
+        return -item
+
+    assert [*grokd.prefetch(range(20), load, 3)] == [(i, -i) for i in range(20)]
+    assert loaded[0] != 0 and sorted(loaded) == [*range(20)]
+
+
+def test_number_of_reading_threads_changes_no_bit(
+    store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, logits = [], []
+    for threads in (1, 4):
+        monkeypatch.setattr(Runtime, "num_readers", lambda *_, threads=threads: threads)
+        training = plain_training(store, runtime, Train(batch_size=8, lr=0.1), "resnet8")
+        weights.append(learn(training, 12))
+        logits.append(grokd.predict([frozen(0)], store, store.split("train"), runtime))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("device, cores, processes, size, threads", [
+    ("cuda", 64, 1, 256, 4),  # what a GPU may need
+    ("cuda", 64, 1, 512, 4),  # it learns larger images more slowly
+    ("cuda", 64, 1, 32, 1),
+    ("cuda", 16, 8, 256, 2),  # the cores of each process
+    ("cuda", 2, 8, 256, 1),
+    ("cpu", 64, 1, 256, 1),  # whose cores the network needs
+])
+def test_as_many_threads_read_as_are_needed_and_there(
+    device: str, cores: int, processes: int, size: int, threads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    accelerator: Any = types.SimpleNamespace(
+        device=torch.device(device), num_processes=2 * processes  # on two nodes
+    )
+    runtime = Runtime(accelerator, "float32", local_world=processes)
+    assert runtime.num_readers(grokd.store_bytes(1, size)) == threads
+
+
+def test_images_for_a_gpu_are_gathered_into_pinned_memory(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: not into memory of another kind first."""
+    enlarged = grokd.enlarge(store, store.raw(np.arange(5))[:, :, ::-1], np.zeros(5, int), 0.0)
+    encoded = grokd.open_store(
+        replace(store.data, max_store_gb=0.0), str(store.folder.parents[1])
+    )
+    indices = np.array([3, len(store.labels) - 1, 3, 260, 0])
+    behind = np.array([2, len(store.labels) + 4, 7])
+    expected = [store.images[indices], store.images[indices]]
+    expected.append(np.stack([store.images[2], store.images[4][:, ::-1], store.images[7]]))
+    kinds, empty = [], torch.empty
+
+    def noted(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        kinds.append(pin_memory)
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)  # which would copy
+    cases = ((store, indices), (encoded, indices), (enlarged, behind))
+    for (source, chosen), images in zip(cases, expected, strict=True):
+        gathered = source.gather(chosen, torch.device("cuda"))
+        assert np.array_equal(gathered.numpy(), images)
+    assert kinds == [True, True, True]
 
 
 def test_reading_ahead_changes_no_view(store: Store) -> None:
@@ -590,3 +686,70 @@ def test_shared_compiled_student_with_taps_and_micro_batches_equals_one_alone(
         launcher=TWO,
     )
     assert done.stdout.count("PASSED") == 2
+
+
+# The check of a machine's GPUs
+
+CHECK = ROOT / "recipes" / "measured" / "gpu_check.py"
+
+
+def test_check_of_gpus_passes_on_the_cpu(tmp_path: Path) -> None:
+    """The same code as on a GPU, with tiny networks."""
+    save = tmp_path / "checked.json"
+    done = subprocess.run(
+        [sys.executable, str(CHECK), "--cpu", "--quick", "--save", str(save)],
+        cwd=tmp_path, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(save.read_text())
+    outcomes = {row[0]: row[1] for row in record["rows"]}
+    assert set(outcomes.values()) == {"ok"}
+    assert {
+        "float32", "bfloat16", "float16", "compile, feature distillation", "killed and gone on",
+        "2 process(es), torchrun", "generator, guided, float16",
+    } <= outcomes.keys()
+    rate, bare, ratio = map(float, record["rows"][-1][3:6])
+    assert rate > 0 and bare > 0 and ratio == pytest.approx(rate / bare, rel=0.1)
+    assert record["about"]["command"].startswith("python gpu_check.py --cpu --quick")
+    assert [path.name for path in tmp_path.iterdir()] == ["checked.json"]
+
+
+def test_checks_that_fail_are_one_line_each_and_stop_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(CHECK.parent)
+    check: Any = importlib.import_module("gpu_check")
+    place = check.Place(tmp_path, cpu=True, quick=True, num_processes=2)
+
+    def refused() -> None:
+        raise Problem("no such\nluck")
+
+    monkeypatch.setattr(check, "checks", lambda place: {
+        "refused": lambda: check.child(place, refused),
+        "crashed": lambda: check.child(place, os._exit, 3),
+        "fine": lambda: check.child(place, check.Finding, "as it should be"),
+    })
+    rows, failures = check.run_checks(place)
+    assert [row[:3] for row in rows] == [
+        ["refused", "failed", ""], ["crashed", "failed", ""], ["fine", "ok", "as it should be"],
+    ]
+    assert failures == [
+        "refused: no such", "crashed: its process ended without an answer",
+    ]
+    assert "Traceback" in (tmp_path / "log.txt").read_text()
+
+
+def test_loss_far_from_that_of_float32_fails_a_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(CHECK.parent)
+    check: Any = importlib.import_module("gpu_check")
+    place = check.Place(tmp_path, cpu=True, quick=True, num_processes=2)
+    for out, loss in (("float32", 0.5), ("near", 0.52), ("far", 0.6), ("none", float("nan"))):
+        folder = tmp_path / "runs" / out / "students/average/seed0"
+        folder.mkdir(parents=True)
+        (folder / "model.history.json").write_text(json.dumps({"epochs": [{"loss": loss}]}))
+    assert check.compare(place, "near", ["average"], 0.05).startswith("loss of average 0.5200")
+    for out in ("far", "none"):
+        with pytest.raises(Problem, match=r"of float32 0\.5000"):
+            check.compare(place, out, ["average"], 0.05)

@@ -5,13 +5,16 @@ import json
 import shutil
 import weakref
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import save_stable_diffusion, write_images
+from test_device import Waits, learn
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -624,3 +627,18 @@ def test_free_memory_counts_what_torch_holds_in_reserve(monkeypatch: pytest.Monk
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert grokd.free_bytes(gpu) == 5 + 7 - 3
     assert 2**28 < grokd.free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_no_step_of_the_generators_training_waits(store: Store, runtime: Runtime) -> None:
+    """Noise, levels and images go to the device without a wait for it."""
+    section = grokd.Diffusion(widths=(8, 8), batch_size=4, num_timesteps=50)
+    ctx: Any = SimpleNamespace(recipe=SimpleNamespace(diffusion=section), store=store)
+    artefact = grokd.Artefact("generator", store.folder.parent / "done.json", "", {}, {})
+    training = grokd.Training(grokd.diffusion_job(artefact, ctx, runtime), runtime)
+    ahead = [*islice(training.batches(0), 3)]
+    learn(training, 1)  # the scheduler's tables go to the device, once
+    # AdamW counts its steps on the host, so that what follows the gradients is left out.
+    with pytest.MonkeyPatch.context() as patch, Waits(patch) as waits:
+        for batch, parts in ahead:
+            training._accumulate(0, len(batch), parts[0])
+    assert waits.seen == []

@@ -1,18 +1,24 @@
 """Speed as ratios, both sides in one process: python recipes/measured/bench.py [--save FILE]
 
 5 ResNet-50 teachers and a biased one, ResNet-18 student, 64 pixels, batch 32, random weights and
-images; medians of several alternating runs. --encoded N instead reads N generated JPEGs through
-the encoded store; --estimate prints the disk space that known data sets take; --augment FOLDER
-counts a finished set's UNet evaluations. Times are measured, never asserted.
+images; medians of several alternating runs. --data-path instead measures each part of the way from
+the store to a batch that a network is shown, beside torch's DataLoader; --encoded N reads N
+generated JPEGs through the encoded store; --estimate prints the disk space that known data sets
+take; --augment FOLDER counts a finished set's UNet evaluations. Times are measured, never asserted.
 """
 
 import argparse
+import functools
 import json
+import mmap
+import os
 import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
+import typing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -192,6 +199,145 @@ def speed(folder: str, runs: int) -> list[list[str]]:
     return table
 
 
+class Tensors(torch.utils.data.Dataset[Tensor]):
+    """Training views by torchvision, of the same stored uint8 tensors."""
+
+    def __init__(self, store: grokd.Store) -> None:
+        from torchvision.transforms import v2
+
+        data = store.data
+        self.images = store.images
+        crop = v2.RandomResizedCrop(
+            data.crop, data.crop_scale, data.crop_ratio, antialias=False  # as grokd's
+        )
+        flip = v2.RandomHorizontalFlip()
+        self.transform = v2.Compose([crop, flip, v2.ToDtype(torch.float32, scale=True)])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.transform(torch.from_numpy(np.array(self.images[i])))
+
+
+def random_store(folder: str, count: int, size: int, crop: int) -> grokd.Store:
+    """Images of noise: the worst case for a crop in low precision."""
+    random = np.random.default_rng(0)
+    splits = ("train",) * 6 + ("val", "test")
+    rows = [
+        Row(random.integers(0, 256, (size, size, 3), np.uint8), i % 2, 0, splits[i // 2 % 8])
+        for i in range(count)
+    ]
+    data = Data(reader=lambda _: rows, size=size, crop=crop, store=folder)
+    return grokd.open_store(data, "")
+
+
+def low_precision(store: grokd.Store, batch: np.ndarray, dtype: torch.dtype) -> float:
+    """Largest difference that places and pixels of a lower precision make to a crop, of 255."""
+    stored = store.read(batch, torch.device("cpu"), 0)
+    assert stored.transform is not None
+    crop = store.data.crop
+    exact = grokd.crop_boxes(stored.raw, stored.transform, crop)
+    grid = F.affine_grid(stored.transform, [*exact.shape], align_corners=False)
+    images, places = (each.to(dtype).float() for each in (stored.raw / 255, grid))
+    rounded = F.grid_sample(images, places, padding_mode="border", align_corners=False)
+    return 255 * float((rounded - exact).abs().max())
+
+
+def forget(store: grokd.Store) -> None:
+    """Leave the store to the disk: nothing of it stays in the machine's memory."""
+    typing.cast(Any, store.images)._mmap.madvise(mmap.MADV_DONTNEED)
+    with open(store.folder / "images.u8", "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_words(num_threads: int) -> str:
+    return f"{num_threads} thread{'s' if num_threads > 1 else ''}"
+
+
+def data_path(folder: str, runs: int, precision: str = "float32") -> list[list[str]]:
+    """Training views of 224 pixels (crop, flip) from a store of 256, batches of 256."""
+    runtime, count, size = grokd.Runtime.start(precision), 1024, 256
+    device, gpu = runtime.device, runtime.device.type == "cuda"
+    store = random_store(folder, count, size, crop=224)
+    batches = grokd.epoch_batches(count, 256, 0, 0)
+    loader = torch.utils.data.DataLoader(
+        Tensors(store), 256, shuffle=True, num_workers=2, pin_memory=gpu, persistent_workers=True
+    )
+    threads = [n for n in (1, 2, 4, 8) if n <= len(os.sched_getaffinity(0))]
+    ahead = runtime.num_readers(grokd.store_bytes(1, size))
+
+    def settle() -> None:
+        if gpu:
+            torch.cuda.synchronize()
+
+    kept = threading.local()  # memory of each thread
+
+    def gather_batch(batch: np.ndarray) -> Any:
+        if gpu:
+            return store.gather(batch, device)  # into pinned memory, which torch uses again
+        if not hasattr(kept, "memory"):
+            kept.memory = np.zeros((256, 3, size, size), np.uint8)
+        return store._stored(batch, kept.memory)
+
+    def gather(num_threads: int, repeats: int = 8) -> None:
+        for _ in grokd.prefetch(repeats * batches, gather_batch, num_threads):
+            pass
+
+    def gather_from_disk(num_threads: int) -> None:
+        forget(store)
+        gather(num_threads, 1)
+
+    def read() -> None:
+        for batch in batches:
+            store.read(batch, device, 0)
+
+    def upload() -> None:
+        for batch in on_host:
+            batch.raw.to(device, non_blocking=True)
+        settle()
+
+    def show(batches_read: list[grokd.Stored]) -> None:
+        for stored in batches_read:
+            store.show(stored, device)
+        settle()
+
+    def whole() -> None:
+        for _, stored in grokd.prefetch(batches, lambda b: store.read(b, device, 0), ahead):
+            store.show(stored, device)
+        settle()
+
+    def by_loader() -> None:
+        for images in loader:
+            images.to(device, non_blocking=True)
+        settle()
+
+    on_host = [store.read(batch, device, 0) for batch in batches]
+    on_device = [grokd.Stored(b.raw.to(device), b.transform, b.flips) for b in on_host]
+    work: dict[str, Callable[[], Any]] = {}
+    for n in (1, 2, 4):
+        work[f"gathering from the disk, {in_words(n)}"] = functools.partial(gather_from_disk, n)
+    from_disk = median_times(*work.values(), runs=runs)  # before other processes hold the store
+    rows = [[name, f"{count / t:,.0f} images/s"] for name, t in zip(work, from_disk, strict=True)]
+    work = {f"gathering from memory, {in_words(n)}": functools.partial(gather, n) for n in threads}
+    work["the same with crops chosen, in turn"] = read
+    if gpu:
+        work["upload from pinned memory"] = upload
+    work["crop and flip on the device"] = lambda: show(on_device)
+    work[f"all of it, {in_words(ahead)} ahead"] = whole
+    work["torch's DataLoader, torchvision's transforms v2, 2 workers"] = by_loader
+    times = median_times(*work.values(), runs=runs)
+    for name, seconds in zip(work, times, strict=True):
+        images = 8 * count if name.startswith("gathering from") else count
+        rows.append([name, f"{images / seconds:,.0f} images/s"])
+    for dtype in (torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        gap = low_precision(store, batches[0][:32], dtype)
+        rows.append([f"largest error of a crop in {name}, of 255 levels", f"{gap:.1f}"])
+    return rows
+
+
 def encoded(folder: str, count: int) -> list[list[str]]:
     """Reading generated JPEGs through the encoded store."""
     random = np.random.default_rng(0)
@@ -252,13 +398,17 @@ def evaluations(folder: Path) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--encoded", type=int, default=0, help="number of JPEGs")
+    parser.add_argument("--data-path", action="store_true", help="from the store to a batch")
     parser.add_argument("--estimate", action="store_true", help="disk for known data sets")
     parser.add_argument("--augment", type=Path, help="folder of a finished set of images")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--save", type=Path, help="write the table as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if args.encoded:
+        if args.data_path:
+            header = ["views of 224 pixels from a store of 256, batches of 256", ""]
+            rows = data_path(folder, args.runs)
+        elif args.encoded:
             header = [f"{args.encoded:,} JPEGs of 64 x 64 in the encoded store", ""]
             rows = encoded(folder, args.encoded)
         elif args.estimate:
