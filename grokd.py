@@ -1764,7 +1764,7 @@ def error_parts(
     student: Mapping[str, Tensor], teachers: Mapping[str, Tensor], labels: Mapping[str, Tensor],
     groups: np.ndarray, num_groups: int,
 ) -> dict[str, Any]:
-    """A student's error taken apart, in nats (after Kenfack et al. 2025; the reconstruction is
+    """A student's error taken apart, in nats (after ConfiG, Popp et al. 2025; a reconstruction of
     ours, with labels for the true conditional).
 
     Logits [N, C] of the student and [M, N, C] of its teachers, and labels [N], of "train" and of
