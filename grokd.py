@@ -2316,23 +2316,46 @@ def loss_clusters(losses: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarr
 
 def open_store(data: Data, root: str) -> Store:
     """Build the store of a data set, or find the one built before; check the groups."""
+    rows = checked_rows(data, root)
+    encoded = is_encoded(rows, data)
+    folder = store_folder(rows, data)
+    with locked(folder.with_suffix(".lock"), wait=True):
+        if not (folder / "manifest.json").is_file():
+            build_store(rows, data, folder, encoded)
+    return stored_rows(rows, data, folder)
+
+
+def checked_rows(data: Data, root: str) -> list[Row]:
+    """Rows of the data set; raises Problem for values that mean nothing."""
     rows = read_rows(data, root)
     if not rows:
         raise Problem("The recipe's reader returned no images.")
     for row in rows:
         if row.split not in SPLITS or row.label < 0 or row.attribute < 0:
             raise Problem(f"The recipe's reader returned {row!r}: see grokd.Row for what it means.")
-    encoded = store_bytes(len(rows), data.size) > data.max_store_gb * 1e9
-    form = "encoded" if encoded else [data.size, data.geometry]
-    key = digest([image_identity(row.image) for row in rows], form)
-    folder = Path(data.store) / key
-    with locked(folder.with_suffix(".lock"), wait=True):
-        if not (folder / "manifest.json").is_file():
-            build_store(rows, data, folder, encoded)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    images: np.ndarray = np.memmap(folder / "images.u8", np.uint8, "r")
-    if not manifest["offsets"]:
-        images = images.reshape(len(rows), 3, data.size, data.size)
+    return rows
+
+
+def is_encoded(rows: Sequence[Row], data: Data) -> bool:
+    """Are there too many images to be stored decoded?"""
+    return store_bytes(len(rows), data.size) > data.max_store_gb * 1e9
+
+
+def store_folder(rows: Sequence[Row], data: Data) -> Path:
+    """Where the store of these rows stands, or would."""
+    form = "encoded" if is_encoded(rows, data) else [data.size, data.geometry]
+    return Path(data.store) / digest([image_identity(row.image) for row in rows], form)
+
+
+def stored_rows(rows: Sequence[Row], data: Data, folder: Path) -> Store:
+    """The store in `folder`; without one, the same without images, of which to ask for numbers."""
+    manifest: dict[str, Any] = {"offsets": [], "checksums": []}
+    images: np.ndarray = np.zeros((0, 3, data.size, data.size), np.uint8)
+    if (folder / "manifest.json").is_file():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        images = np.memmap(folder / "images.u8", np.uint8, "r")
+        if not manifest["offsets"]:
+            images = images.reshape(len(rows), 3, data.size, data.size)
     store = Store(
         data, folder, images, **manifest,
         labels=np.array([row.label for row in rows], np.int64),
@@ -2384,13 +2407,17 @@ def stored_form(row: Row, data: Data, encoded: bool) -> bytes:
     return buffer.getvalue()
 
 
+def stored_bytes(rows: Sequence[Row], data: Data, encoded: bool) -> int:
+    """What a store of these rows takes on disk."""
+    one = store_bytes(1, data.size)
+    if not encoded:
+        return one * len(rows)
+    return sum(row.image.stat().st_size if isinstance(row.image, Path) else one for row in rows)
+
+
 def announce_store(rows: Sequence[Row], data: Data, folder: Path, encoded: bool) -> None:
     """Say what a store will take; raise Problem if the disk cannot hold it."""
-    one = store_bytes(1, data.size)
-    total = one * len(rows)
-    if encoded:
-        sizes = [row.image.stat().st_size if isinstance(row.image, Path) else one for row in rows]
-        total = sum(sizes)
+    total = stored_bytes(rows, data, encoded)
     free = shutil.disk_usage(folder.parent).free
     doing = "Packing" if encoded else "Decoding"
     say(f"{doing} {len(rows):,} images into {folder}: {total / 1e9:.2f} GB, {free / 1e9:.0f} free")
@@ -3464,25 +3491,26 @@ class Context:
         """
         places = []
         for i, artefact in enumerate(artefacts):
-            standing = artefact.standing()
-            redo = self.common.redo and artefact.path not in self.remade
-            if standing.state == State.FOREIGN and not redo:
-                raise Problem(
-                    f"{standing}. Keep both with --out DIR, or make it again with --redo."
-                )
-            strays = artefact.strays() if standing.state == State.MISSING else []
-            if strays and not redo:
-                raise Problem(
-                    f"{strays[0].parent} holds {strays[0].name} and nothing that says from where: "
-                    "move it away, or delete it with --redo."
-                )
-            finished = standing.state == State.FINISHED
-            if standing.state == State.FOREIGN or strays or (finished and redo):
-                artefact.remove()
-            if redo or not finished:
+            if self.due(artefact):
+                if artefact.standing().state != State.PARTIAL:
+                    artefact.remove()
                 places.append(i)
             self.remade.add(artefact.path)
         return places
+
+    def due(self, artefact: Artefact) -> bool:
+        """Is it still to be made? Raises Problem for a foreign one, but with --redo."""
+        standing = artefact.standing()
+        redo = self.common.redo and artefact.path not in self.remade
+        if standing.state == State.FOREIGN and not redo:
+            raise Problem(f"{standing}. Keep both with --out DIR, or make it again with --redo.")
+        strays = artefact.strays() if standing.state == State.MISSING else []
+        if strays and not redo:
+            raise Problem(
+                f"{strays[0].parent} holds {strays[0].name} and nothing that says from where: "
+                "move it away, or delete it with --redo."
+            )
+        return redo or standing.state != State.FINISHED
 
 
 def make(
@@ -4038,9 +4066,6 @@ def train_network(
 ) -> None:
     """Fit a classifier, then write it to each of `outputs`, under its own or a refitted head."""
     model = typing.cast(Classifier, job.model)
-    # What convolutions like best, on CPUs as on GPUs.
-    model.to(memory_format=torch.channels_last)
-    job.validate = functools.partial(validate, model, ctx.store, runtime)
     if runtime.rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
         print(
@@ -4065,6 +4090,15 @@ def train_network(
                 flush=True,
             )
     runtime.wait()
+
+
+def classifier_job(job: Job, ctx: Context, runtime: Runtime) -> Job:
+    """A classifier's job with what all of them have: memory format, and scores of an epoch."""
+    model = typing.cast(Classifier, job.model)
+    # What convolutions like best, on CPUs as on GPUs.
+    model.to(memory_format=torch.channels_last)
+    job.validate = functools.partial(validate, model, ctx.store, runtime)
+    return job
 
 
 def write_history(artefact: Artefact, job: Job, progress: Progress, scores: Any) -> None:
@@ -4106,18 +4140,23 @@ def run_teachers(ctx: Context) -> None:
 
 def train_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
     """Teacher i, trained on the labels."""
-    section, artefact = ctx.recipe.teachers.of(i), ctx.teacher(i, "erm")
+    artefact = ctx.teacher(i, "erm")
 
     def build(missing: list[Artefact]) -> None:
-        model = build_model(
-            section.arch[0], section.weights[0], ctx.store.num_classes, section.input, section.seed
-        )
-        job = Job(
-            artefact, model, section, section.train, ctx.store, section.seed, label_losses
-        )
-        train_network(job, {artefact: None}, ctx, runtime)
+        train_network(teacher_job(i, ctx, runtime), {artefact: None}, ctx, runtime)
 
     make([artefact], build, ctx, runtime)
+
+
+def teacher_job(i: int, ctx: Context, runtime: Runtime) -> Job:
+    """The training of teacher i."""
+    section, store = ctx.recipe.teachers.of(i), ctx.store
+    model = build_model(
+        section.arch[0], section.weights[0], store.num_classes, section.input, section.seed
+    )
+    artefact = ctx.teacher(i, "erm")
+    job = Job(artefact, model, section, section.train, store, section.seed, label_losses)
+    return classifier_job(job, ctx, runtime)
 
 
 def refit_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
@@ -4144,20 +4183,26 @@ def run_bias_model(ctx: Context) -> None:
             if runtime.rank == 0:
                 copy_parent(artefact, ctx)
             return
-        model = build_model(
-            section.arch, section.weights, ctx.store.num_classes, section.input, section.seed
-        )
-        losses = gce_losses if section.kind == "gce" else label_losses
-        job = Job(artefact, model, section, section.train, ctx.store, section.seed, losses)
-        if section.kind == "early-stopped":
-            job.stop_after = section.stop_after
-        train_network(job, {artefact: None}, ctx, runtime)
+        train_network(bias_job(ctx, runtime), {artefact: None}, ctx, runtime)
 
     if section.kind == "teacher":
         ctx.require(ctx.teacher(section.teacher, "erm"))
     for _ in jobs:
         make([artefact], build, ctx, runtime)
     ctx.runtime.accelerator.wait_for_everyone()
+
+
+def bias_job(ctx: Context, runtime: Runtime) -> Job:
+    """The training of a biased model that is no teacher's."""
+    section, store = ctx.recipe.bias_model, ctx.store
+    model = build_model(
+        section.arch, section.weights, store.num_classes, section.input, section.seed
+    )
+    losses = gce_losses if section.kind == "gce" else label_losses
+    job = Job(ctx.bias(), model, section, section.train, store, section.seed, losses)
+    if section.kind == "early-stopped":
+        job.stop_after = section.stop_after
+    return classifier_job(job, ctx, runtime)
 
 
 def copy_parent(artefact: Artefact, ctx: Context) -> None:
@@ -4174,20 +4219,25 @@ def copy_parent(artefact: Artefact, ctx: Context) -> None:
 
 def run_distill(ctx: Context) -> None:
     """Train every student with every seed; those that differ only in the head are trained once."""
-    alike: dict[tuple[str, int], list[str]] = {}
-    for seed in ctx.recipe.seeds:
-        for name, student in ctx.recipe.students.items():
-            network = json.dumps(settings_of(student, head=False))
-            alike.setdefault((network, seed), []).append(name)
     for name in ctx.recipe.students:
         for parent in ctx.student(name, ctx.recipe.seeds[0]).parents.values():
             if parent.command in ("teachers", "bias-model"):
                 ctx.require(parent)
-    runtime, jobs = ctx.runtime.plan([*alike.items()], ctx.common.parallel)
+    runtime, jobs = ctx.runtime.plan(students_alike(ctx.recipe), ctx.common.parallel)
     print_departures(ctx)
-    for (_, seed), names in jobs:
+    for seed, names in jobs:
         distill(names, seed, ctx, runtime)
     ctx.runtime.accelerator.wait_for_everyone()
+
+
+def students_alike(recipe: Recipe) -> list[tuple[int, list[str]]]:
+    """The networks to be trained: each with its seed and its students, which differ in the head."""
+    alike: dict[tuple[str, int], list[str]] = {}
+    for seed in recipe.seeds:
+        for name, student in recipe.students.items():
+            network = json.dumps(settings_of(student, head=False))
+            alike.setdefault((network, seed), []).append(name)
+    return [(seed, names) for (_, seed), names in alike.items()]
 
 
 def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> None:
@@ -4201,15 +4251,8 @@ def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> 
         if student.start:
             weights = str(ctx.require(ctx.student(student.start, seed)))
         model = build_model(student.arch, weights, store.num_classes, student.input, seed)
-        job = Job(first, model, student, student.train, store, seed, label_losses)
-        if student.has_teachers:
-            targets = frozen_targets(student, store, ctx, runtime)
-            if student.has_departures:
-                targets.departures = targets.measure()
-            features = feature_loss(job, targets, ctx) if student.has_features else None
-            job.losses = distillation(targets.answer, features)
-            if student.train.mix == "none":
-                job.prepare = targets.prepare
+        job = student_job(Job(first, model, student, student.train, store, seed, label_losses),
+                          ctx, runtime)
         outputs = {
             artefact: students[artefact].dfr if students[artefact].head == "dfr" else None
             for artefact in missing
@@ -4217,6 +4260,20 @@ def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> 
         train_network(job, outputs, ctx, runtime)
 
     make([*students], build, ctx, runtime)
+
+
+def student_job(job: Job, ctx: Context, runtime: Runtime) -> Job:
+    """A student's job, with what its teachers have to say."""
+    student = job.settings
+    if student.has_teachers:
+        targets = frozen_targets(student, job.store, ctx, runtime)
+        if student.has_departures:
+            targets.departures = targets.measure()
+        features = feature_loss(job, targets, ctx) if student.has_features else None
+        job.losses = distillation(targets.answer, features)
+        if student.train.mix == "none":
+            job.prepare = targets.prepare
+    return classifier_job(job, ctx, runtime)
 
 
 def frozen_networks(student: Distill, ctx: Context) -> list[Artefact]:
@@ -4991,12 +5048,9 @@ def train_generator(ctx: Context, runtime: Runtime) -> Path:
     folder = artefact.path.with_name("pipeline")
 
     def build(missing: list[Artefact]) -> None:
-        from diffusers.training_utils import EMAModel
-
         diffusers = import_diffusers()
         job = diffusion_job(artefact, ctx, runtime)
-        unet: Any = job.model.to(runtime.device, runtime.dtype)
-        job.average = EMAModel(unet.parameters(), ctx.recipe.diffusion.ema)
+        unet: Any = job.model
         count = sum(parameter.numel() for parameter in unet.parameters())
         say(
             f"generator: UNet of {count:,} parameters, {job.train.epochs} epochs of "
@@ -5028,6 +5082,8 @@ def diffusion_scheduler(section: Diffusion) -> Any:
 
 def diffusion_job(artefact: Artefact, ctx: Context, runtime: Runtime) -> Job:
     """What the generator learns: to denoise the whole stored squares."""
+    from diffusers.training_utils import EMAModel
+
     section, store = ctx.recipe.diffusion, ctx.store
     scheduler = diffusion_scheduler(section)
 
@@ -5062,9 +5118,10 @@ def diffusion_job(artefact: Artefact, ctx: Context, runtime: Runtime) -> Job:
         section.epochs, section.batch_size, lr=section.lr, schedule="cosine", optimizer="adamw",
         weight_decay=0.01, checkpoint_minutes=section.checkpoint_minutes,
     )
+    unet = diffusion_network(section, store).to(runtime.device, runtime.dtype)
     return Job(
-        artefact, diffusion_network(section, store), section, train, store, section.seed, losses,
-        view=view, forward=forward, clip=1.0,
+        artefact, unet, section, train, store, section.seed, losses, view=view, forward=forward,
+        average=EMAModel(unet.parameters(), section.ema), clip=1.0,
     )
 
 
