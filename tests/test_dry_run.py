@@ -1,5 +1,6 @@
-"""What `run --dry-run` says, against what the run then makes."""
+"""What `run --dry-run` says, against what the run then makes; the recipe celeba_config."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import ROOT, write_images
 
 import grokd
 from grokd import DryRun, Problem
@@ -186,3 +188,78 @@ def test_settings_that_cost_nothing_make_no_kind_of_their_own() -> None:
                    {"train": replace(student.train, mix="cutmix")}):
         assert grokd.kind_of(replace(student, **change)) != grokd.kind_of(student)
     assert grokd.kind_of(student, 5) != grokd.kind_of(student, 10)
+
+
+# The recipe celeba_config
+
+SMALL = '''
+import sys
+from dataclasses import replace
+
+sys.path.insert(0, {recipes!r})
+from celeba_config import recipe as celeba
+
+from grokd import DFR
+
+data = replace(celeba.data, size=20, crop=16, store="store")
+dfr = DFR(num_refits=1, penalties=(1.0,))
+teachers = replace(celeba.teachers, num_teachers=1, arch=("cnn2",), weights=("random",), dfr=dfr)
+teachers = replace(teachers, train=replace(teachers.train, epochs=1, batch_size=8))
+students = {{}}
+for name, student in celeba.students.items():
+    train = replace(student.train, epochs=1, batch_size=8)
+    students[name] = replace(student, arch="cnn2", weights="random", train=train)
+small = dict(generator={generator!r}, steps=2, iterations=1, count=6, min_teacher=0.0,
+             max_student=1.0)
+augments = {{name: replace(images, **small) for name, images in celeba.augments.items()}}
+recipe = replace(celeba, data=data, teachers=teachers, students=students, augments=augments,
+                 seeds=(0,))
+'''
+
+
+def write_celeba(folder: Path, generator: str) -> Path:
+    """Small images in CelebA's layout, and celeba_config on small networks as tiny.py."""
+    write_images(folder)
+    with open(folder / "metadata.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["img_id", "img_filename", "y", "split", "place", "place_filename"])
+        for i, row in enumerate(rows):
+            split = grokd.SPLITS.index(row["split"])
+            table.writerow([i + 1, row["image"], row["label"], split, row["place"], ""])
+    text = SMALL.format(recipes=str(ROOT / "recipes"), generator=generator)
+    (folder / "tiny.py").write_text(text)
+    return folder
+
+
+def test_no_blond_man_is_trained_on(tmp_path: Path) -> None:
+    recipe = grokd.load_recipe(str(write_celeba(tmp_path, "") / "tiny.py"))
+    store = grokd.counted_store(recipe.data, str(tmp_path))
+    assert store.counts("train").tolist() == [4, 4, 4, 0]
+    assert store.counts("reweighting").tolist() == [2, 2, 2, 2]
+    assert store.counts("test").tolist() == [4, 4, 4, 4]
+    assert store.group_names[3] == "person with blond hair, male"
+    turbo = grokd.load_recipe("celeba_config:turbo").augments
+    assert turbo["config"].steps == 1 and turbo["unguided"].like == "config"
+
+
+@pytest.mark.slow
+def test_celeba_config_passes_all_stages(
+    tmp_path: Path, stable_diffusion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_celeba(tmp_path / "images", stable_diffusion)
+    before = listing(folder)
+    plan = run(folder, monkeypatch)
+    assert listing(folder) == before
+    assert (plan.stages["images config"].images, plan.stages["images unguided"].images) == (6, 3)
+    grokd.command_line(["run", "tiny.py"])
+    rows = json.loads((folder / "runs/tiny/results.json").read_text())["rows"]
+    published = {row["name"]: row["published"].get("wga") for row in rows}
+    students = ["kd", "kd-cutmix", "kd-unguided", "kd-config", "helper", "kd-config-tab"]
+    assert [name for name in published if name in students] == students
+    assert published["kd-config"] == 66.1 and published["teachers, DFR"] == 66.7
+    sets = folder / "runs/tiny/augmented"
+    accepted, plain = (len((sets / name / "seed0/metadata.csv").read_text().splitlines())
+                       for name in ("config", "unguided"))
+    assert accepted == plain > 1  # a header, and images
