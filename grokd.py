@@ -6175,8 +6175,8 @@ class Stage:
     name: str
     to_make: int = 0
     finished: int = 0
-    images: int = 0  # of an epoch; of a store, a cache or a set all of them
-    epochs: int = 0  # of one training
+    images: int = 0  # of the largest epoch; of a store, a cache or a set all of them
+    epochs: int = 0  # of the longest training
     steps: int = 0  # of all trainings together
     disk: float = 0.0  # bytes that stay
     seconds: float = 0.0
@@ -6385,14 +6385,14 @@ def measure_set(
     if settings.realism < 1:
         judge.threshold = calibrate(generator, store, settings.realism)
     setup = now(device) - began
-    sources = store.split("train")[: settings.in_flight].tolist()
+    sources = store.split("train")[: generator.micro_batch].tolist()
     folder, times = artefact.path.parent, list[float]()
     folder.mkdir(parents=True)
-    for iterations in (1, 1, 3):  # the first one warms up
+    for iterations, chosen in ((1, sources[:1]), (0, sources), (2, sources)):  # the first warms up
         judge.settings = replace(settings, iterations=iterations, max_student=0.0)
         began = now(device)
-        generate_files(folder, generator, judge, store, sources, seed, 0)
-        times.append((now(device) - began) / len(sources))
+        generate_files(folder, generator, judge, store, chosen, seed, 0)
+        times.append((now(device) - began) / len(chosen))
     record = folder_bytes(folder) - sum(path.stat().st_size for path in folder.glob("*.png"))
     judge.settings = replace(settings, guided=False)
     generate_files(folder, generator, judge, store, sources[:16], seed, 0)
@@ -6401,9 +6401,8 @@ def measure_set(
     setup += now(device) - began
     # Untrained generators make noise, which PNG cannot compress; images of the data are alike.
     image = png_bytes(store.raw(np.array(sources[:32])))
-    return SetPace(
-        setup, times[1], (times[2] - times[1]) / 2, image + record / 3 / len(sources)
-    )
+    _, first, third = times
+    return SetPace(setup, first, (third - first) / 2, image + record / (1 + 2 * len(sources)))
 
 
 def png_bytes(raw: np.ndarray) -> float:
@@ -6427,7 +6426,7 @@ class DryRun:
         self.set_paces: dict[str, SetPace] = {}
         self.seconds: dict[str, float] = {}  # of other work, by what it is
         self.checkpoint = 0  # bytes, of the largest training
-        self.growth = 0  # bytes of memory that a few images do not show
+        self.growth: dict[str, float] = {}  # bytes of memory that a few images do not show
         began = time.perf_counter()
         self.trial = trial_context(ctx, folder)
         self.decoding = (time.perf_counter() - began) / len(self.trial.store.labels)
@@ -6452,6 +6451,10 @@ class DryRun:
 
     def stage(self, name: str) -> Stage:
         return self.stages.setdefault(name, Stage(name))
+
+    def grow(self, cause: str, count: float) -> None:
+        """Note the most bytes of memory that something takes."""
+        self.growth[cause] = max(count, self.growth.get(cause, 0))
 
     def is_due(self, artefact: Artefact) -> bool:
         """Is it to be made? Without a store nothing can be recognised."""
@@ -6574,12 +6577,13 @@ class DryRun:
         between_saves = min(limit, max(min(10, limit), per_epoch * pace.step + epoch))
         seconds += (1 + seconds / between_saves) * pace.save
         losses = 4 * num_images * num_epochs
-        stage.images, stage.epochs = num_images, num_epochs
+        stage.images = max(stage.images, num_images)
+        stage.epochs = max(stage.epochs, num_epochs)
         stage.steps += steps
         stage.seconds += seconds
         stage.disk += pace.log
         self.checkpoint = max(self.checkpoint, 2 * pace.checkpoint + losses)
-        self.growth = max(self.growth, 2 * losses)
+        self.grow("losses", 2 * losses)
 
     def count_files(self, stage: Stage, pace: Pace, course: Course) -> None:
         """A finished network's files, and its last validation."""
@@ -6675,11 +6679,11 @@ class DryRun:
         """Images that a student learns from. TAB's clusters are taken to be the groups."""
         store = self.store
         train = store.split("train")
-        count = len(train)
+        count, everywhere = len(train), np.zeros_like(train)
         if student.rebalance == "groups":
-            count = len(rebalanced(store, store.cells[train], 0 * train).split("train"))
+            count = len(rebalanced(store, store.cells[train], everywhere).split("train"))
         elif student.rebalance == "classes":
-            count = len(rebalanced(store, store.labels[train], 0 * train).split("train"))
+            count = len(rebalanced(store, store.labels[train], everywhere).split("train"))
         elif student.rebalance == "tab":
             balanced = rebalanced(store, store.cells[train], store.labels[train])
             count = len(balanced.split("train"))
@@ -6730,7 +6734,7 @@ class DryRun:
                     if total > limit and file not in files:
                         total -= cached.pop(file)
                 stage.disk = max(stage.disk, total)
-                self.growth = max(self.growth, sum(files.values()))
+                self.grow("answers", sum(files.values()))
         stage.to_make = len(trunks)
 
     def views(self, student: Distill) -> list[int]:
@@ -6786,7 +6790,7 @@ class DryRun:
             if not settings.like:
                 stage.seconds += num_train * self.student_pace(settings.student).predict
             extra = self.num_accepted(name, seed) * store_bytes(1, self.store.data.size)
-            self.growth = max(self.growth, extra)
+            self.grow("images", extra)
         if own:
             self.count_generator()
 
@@ -6877,7 +6881,7 @@ class DryRun:
         mapped = stored_bytes(rows, self.recipe.data, is_encoded(rows, self.recipe.data))
         few = store_bytes(len(self.trial.store.labels), self.store.data.size)
         measured = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return measured + max(0, mapped - few) + self.growth
+        return round(measured + max(0, mapped - few) + sum(self.growth.values()))
 
     def disk_lines(self) -> list[str]:
         """What is written where, with a warning where it does not fit."""
