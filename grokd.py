@@ -6249,8 +6249,7 @@ def counted_store(data: Data, root: str) -> Store:
 
 
 def few_rows(rows: Sequence[Row], num_train: int) -> list[Row]:
-    """Rows to measure with: of training evenly of the classes, else of the groups. Validation fills
-    two blocks, so that a prediction needs the memory it does in the run."""
+    """Rows to measure with: of training evenly of the classes, else of the groups."""
     chosen: list[Row] = []
     for split, wanted in (("train", num_train), ("val", 2 * BLOCK), ("test", BLOCK // 4)):
         ranked: list[tuple[int, Row]] = []
@@ -6263,6 +6262,11 @@ def few_rows(rows: Sequence[Row], num_train: int) -> list[Row]:
         ranked.sort(key=lambda pair: pair[0])
         chosen += [row for _, row in ranked[: max(wanted, 8 * len(seen))]]
     return chosen
+
+
+def first_block(store: Store) -> np.ndarray:
+    """As many images as are predicted at once, of whatever split: that decides the memory."""
+    return np.arange(min(BLOCK, len(store.labels)))
 
 
 def trial_context(ctx: Context, folder: Path) -> Context:
@@ -6353,7 +6357,7 @@ def measure_training(build: Callable[[], Job], ctx: Context) -> Pace:
     runtime.accelerator.free_memory()
     predict_time = finish = 0.0
     if isinstance(network, Classifier):
-        began, indices = now(device), job.store.split("reweighting")
+        began, indices = now(device), first_block(job.store)
         predict([network], job.store, indices, runtime)
         predict_time = (now(device) - began) / len(indices)
         began = now(device)
@@ -6831,7 +6835,7 @@ class DryRun:
     def predict_seconds(self, arch: str, input: Input) -> float:
         """Predicting one image."""
         trial, what = self.trial, digest("predict", arch, dataclasses.asdict(input))
-        indices = trial.store.split("reweighting")
+        indices = first_block(trial.store)
         if what not in self.seconds:
             model = build_model(arch, "random", trial.store.num_classes, input, 0)
             model.to(trial.runtime.device, trial.runtime.dtype)
