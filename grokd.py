@@ -7,6 +7,7 @@ of a deliberately biased model (AGRE-KD, Kenfack et al., TMLR 2025, arXiv 2411.1
 
     python grokd.py run                           # the embedded digits, everything, CPU, minutes
     python grokd.py run RECIPE                    # the same for recipes/RECIPE.py or any path
+    python grokd.py run RECIPE --dry-run          # what that would make, and its cost
     python grokd.py teachers RECIPE               # stage by stage ...
     python grokd.py bias-model RECIPE
     python grokd.py distill RECIPE --student agre --tau 8
@@ -37,6 +38,7 @@ Map of this file; a section uses those above it, never one below:
     Generated images                 a diffusion generator, guided by teachers and student (ConfiG)
     Report                           eval: scores of everything made, tables, figures
     Checks                           values of a recipe that are wrong or exclude each other
+    Dry run                          what `run` would make, and what it would cost
     Command line                     recipes, flags, commands
 """
 
@@ -68,6 +70,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -2566,6 +2569,17 @@ def loss_clusters(losses: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarr
 
 def open_store(data: Data, root: str) -> Store:
     """Build the store of a data set, or find the one built before; check the groups."""
+    rows = checked_rows(data, root)
+    encoded = is_encoded(rows, data)
+    folder = store_folder(rows, data)
+    with locked(folder.with_suffix(".lock"), wait=True):
+        if not (folder / "manifest.json").is_file():
+            build_store(rows, data, folder, encoded)
+    return stored_rows(rows, data, folder)
+
+
+def checked_rows(data: Data, root: str) -> list[Row]:
+    """Rows of the data set; raises Problem for values that mean nothing."""
     rows = read_rows(data, root)
     if not rows:
         raise Problem("The recipe's reader returned no images.")
@@ -2573,17 +2587,29 @@ def open_store(data: Data, root: str) -> Store:
         least = -1 if row.split == "train" else 0
         if row.split not in SPLITS or row.label < 0 or row.attribute < least:
             raise Problem(f"The recipe's reader returned {row!r}: see grokd.Row for what it means.")
-    encoded = store_bytes(len(rows), data.size) > data.max_store_gb * 1e9
-    form = "encoded" if encoded else [data.size, data.geometry]
-    key = digest([image_identity(row.image) for row in rows], form)
-    folder = Path(data.store) / key
-    with locked(folder.with_suffix(".lock"), wait=True):
-        if not (folder / "manifest.json").is_file():
-            build_store(rows, data, folder, encoded)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    images: np.ndarray = np.memmap(folder / "images.u8", np.uint8, "r")
-    if not manifest["offsets"]:
-        images = images.reshape(len(rows), 3, data.size, data.size)
+    return rows
+
+
+def is_encoded(rows: Sequence[Row], data: Data) -> bool:
+    """Are there too many images to be stored decoded?"""
+    return store_bytes(len(rows), data.size) > data.max_store_gb * 1e9
+
+
+def store_folder(rows: Sequence[Row], data: Data) -> Path:
+    """Where the store of these rows stands, or would."""
+    form = "encoded" if is_encoded(rows, data) else [data.size, data.geometry]
+    return Path(data.store) / digest([image_identity(row.image) for row in rows], form)
+
+
+def stored_rows(rows: Sequence[Row], data: Data, folder: Path) -> Store:
+    """The store in `folder`; without one, the same without images, of which to ask for numbers."""
+    manifest: dict[str, Any] = {"offsets": [], "checksums": []}
+    images: np.ndarray = np.zeros((0, 3, data.size, data.size), np.uint8)
+    if (folder / "manifest.json").is_file():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        images = np.memmap(folder / "images.u8", np.uint8, "r")
+        if not manifest["offsets"]:
+            images = images.reshape(len(rows), 3, data.size, data.size)
     store = Store(
         data, folder, images, **manifest,
         labels=np.array([row.label for row in rows], np.int64),
@@ -2635,13 +2661,17 @@ def stored_form(row: Row, data: Data, encoded: bool) -> bytes:
     return buffer.getvalue()
 
 
+def stored_bytes(rows: Sequence[Row], data: Data, encoded: bool) -> int:
+    """What a store of these rows takes on disk."""
+    one = store_bytes(1, data.size)
+    if not encoded:
+        return one * len(rows)
+    return sum(row.image.stat().st_size if isinstance(row.image, Path) else one for row in rows)
+
+
 def announce_store(rows: Sequence[Row], data: Data, folder: Path, encoded: bool) -> None:
     """Say what a store will take; raise Problem if the disk cannot hold it."""
-    one = store_bytes(1, data.size)
-    total = one * len(rows)
-    if encoded:
-        sizes = [row.image.stat().st_size if isinstance(row.image, Path) else one for row in rows]
-        total = sum(sizes)
+    total = stored_bytes(rows, data, encoded)
     free = shutil.disk_usage(folder.parent).free
     doing = "Packing" if encoded else "Decoding"
     say(f"{doing} {len(rows):,} images into {folder}: {total / 1e9:.2f} GB, {free / 1e9:.0f} free")
@@ -3740,25 +3770,26 @@ class Context:
         """
         places = []
         for i, artefact in enumerate(artefacts):
-            standing = artefact.standing()
-            redo = self.common.redo and artefact.path not in self.remade
-            if standing.state == State.FOREIGN and not redo:
-                raise Problem(
-                    f"{standing}. Keep both with --out DIR, or make it again with --redo."
-                )
-            strays = artefact.strays() if standing.state == State.MISSING else []
-            if strays and not redo:
-                raise Problem(
-                    f"{strays[0].parent} holds {strays[0].name} and nothing that says from where: "
-                    "move it away, or delete it with --redo."
-                )
-            finished = standing.state == State.FINISHED
-            if standing.state == State.FOREIGN or strays or (finished and redo):
-                artefact.remove()
-            if redo or not finished:
+            if self.due(artefact):
+                if artefact.standing().state != State.PARTIAL:
+                    artefact.remove()
                 places.append(i)
             self.remade.add(artefact.path)
         return places
+
+    def due(self, artefact: Artefact) -> bool:
+        """Is it still to be made? Raises Problem for a foreign one, but with --redo."""
+        standing = artefact.standing()
+        redo = self.common.redo and artefact.path not in self.remade
+        if standing.state == State.FOREIGN and not redo:
+            raise Problem(f"{standing}. Keep both with --out DIR, or make it again with --redo.")
+        strays = artefact.strays() if standing.state == State.MISSING else []
+        if strays and not redo:
+            raise Problem(
+                f"{strays[0].parent} holds {strays[0].name} and nothing that says from where: "
+                "move it away, or delete it with --redo."
+            )
+        return redo or standing.state != State.FINISHED
 
 
 def make(
@@ -4316,9 +4347,6 @@ def train_network(
 ) -> None:
     """Fit a classifier, then write it to each of `outputs`, under its own or a refitted head."""
     model = typing.cast(Classifier, job.model)
-    # What convolutions like best, on CPUs as on GPUs.
-    model.to(memory_format=torch.channels_last)
-    job.validate = functools.partial(validate, model, ctx.store, runtime)
     if runtime.rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
         print(
@@ -4344,6 +4372,15 @@ def train_network(
                 flush=True,
             )
     runtime.wait()
+
+
+def classifier_job(job: Job, ctx: Context, runtime: Runtime) -> Job:
+    """A classifier's job with what all of them have: memory format, and scores of an epoch."""
+    model = typing.cast(Classifier, job.model)
+    # What convolutions like best, on CPUs as on GPUs.
+    model.to(memory_format=torch.channels_last)
+    job.validate = functools.partial(validate, model, ctx.store, runtime)
+    return job
 
 
 def write_history(artefact: Artefact, job: Job, progress: Progress, scores: Any) -> None:
@@ -4428,18 +4465,23 @@ def run_teachers(ctx: Context) -> None:
 
 def train_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
     """Teacher i, trained on the labels."""
-    section, artefact = ctx.recipe.teachers.of(i), ctx.teacher(i, "erm")
+    artefact = ctx.teacher(i, "erm")
 
     def build(missing: list[Artefact]) -> None:
-        model = build_model(
-            section.arch[0], section.weights[0], ctx.store.num_classes, section.input, section.seed
-        )
-        job = Job(
-            artefact, model, section, section.train, ctx.store, section.seed, label_losses
-        )
-        train_network(job, {artefact: None}, ctx, runtime)
+        train_network(teacher_job(i, ctx, runtime), {artefact: None}, ctx, runtime)
 
     make([artefact], build, ctx, runtime)
+
+
+def teacher_job(i: int, ctx: Context, runtime: Runtime) -> Job:
+    """The training of teacher i."""
+    section, store = ctx.recipe.teachers.of(i), ctx.store
+    model = build_model(
+        section.arch[0], section.weights[0], store.num_classes, section.input, section.seed
+    )
+    artefact = ctx.teacher(i, "erm")
+    job = Job(artefact, model, section, section.train, store, section.seed, label_losses)
+    return classifier_job(job, ctx, runtime)
 
 
 def refit_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
@@ -4467,20 +4509,26 @@ def run_bias_model(ctx: Context) -> None:
             if runtime.rank == 0:
                 copy_parent(artefact, ctx)
             return
-        model = build_model(
-            section.arch, section.weights, ctx.store.num_classes, section.input, section.seed
-        )
-        losses = gce_losses if section.kind == "gce" else label_losses
-        job = Job(artefact, model, section, section.train, ctx.store, section.seed, losses)
-        if section.kind == "early-stopped":
-            job.stop_after = section.stop_after
-        train_network(job, {artefact: None}, ctx, runtime)
+        train_network(bias_job(ctx, runtime), {artefact: None}, ctx, runtime)
 
     if section.kind == "teacher":
         ctx.require(ctx.teacher(section.teacher, "erm"))
     for _ in jobs:
         make([artefact], build, ctx, runtime)
     ctx.runtime.accelerator.wait_for_everyone()
+
+
+def bias_job(ctx: Context, runtime: Runtime) -> Job:
+    """The training of a biased model that is no teacher's."""
+    section, store = ctx.recipe.bias_model, ctx.store
+    model = build_model(
+        section.arch, section.weights, store.num_classes, section.input, section.seed
+    )
+    losses = gce_losses if section.kind == "gce" else label_losses
+    job = Job(ctx.bias(), model, section, section.train, store, section.seed, losses)
+    if section.kind == "early-stopped":
+        job.stop_after = section.stop_after
+    return classifier_job(job, ctx, runtime)
 
 
 def copy_parent(artefact: Artefact, ctx: Context) -> None:
@@ -4497,20 +4545,25 @@ def copy_parent(artefact: Artefact, ctx: Context) -> None:
 
 def run_distill(ctx: Context) -> None:
     """Train every student with every seed; those that differ only in the head are trained once."""
-    alike: dict[tuple[str, int], list[str]] = {}
-    for seed in ctx.recipe.seeds:
-        for name, student in ctx.recipe.students.items():
-            network = json.dumps(settings_of(student, head=False))
-            alike.setdefault((network, seed), []).append(name)
     for name in ctx.recipe.students:
         for parent in ctx.student(name, ctx.recipe.seeds[0]).parents.values():
             if parent.command in ("teachers", "bias-model"):
                 ctx.require(parent)
-    runtime, jobs = ctx.runtime.plan([*alike.items()], ctx.common.parallel)
+    runtime, jobs = ctx.runtime.plan(students_alike(ctx.recipe), ctx.common.parallel)
     print_departures(ctx)
-    for (_, seed), names in jobs:
+    for seed, names in jobs:
         distill(names, seed, ctx, runtime)
     ctx.runtime.accelerator.wait_for_everyone()
+
+
+def students_alike(recipe: Recipe) -> list[tuple[int, list[str]]]:
+    """The networks to be trained: each with its seed and its students, which differ in the head."""
+    alike: dict[tuple[str, int], list[str]] = {}
+    for seed in recipe.seeds:
+        for name, student in recipe.students.items():
+            network = json.dumps(settings_of(student, head=False))
+            alike.setdefault((network, seed), []).append(name)
+    return [(seed, names) for (_, seed), names in alike.items()]
 
 
 def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> None:
@@ -4524,15 +4577,8 @@ def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> 
         if student.start:
             weights = str(ctx.require(ctx.student(student.start, seed)))
         model = build_model(student.arch, weights, store.num_classes, student.input, seed)
-        job = Job(first, model, student, student.train, store, seed, label_losses)
-        if student.has_teachers:
-            targets = frozen_targets(student, store, ctx, runtime)
-            if student.has_departures:
-                targets.departures = targets.measure()
-            features = feature_loss(job, targets, ctx) if student.has_features else None
-            job.losses = distillation(targets.answer, features)
-            if student.train.mix == "none":
-                job.prepare = targets.prepare
+        job = student_job(Job(first, model, student, student.train, store, seed, label_losses),
+                          ctx, runtime)
         outputs = {
             artefact: students[artefact].dfr if students[artefact].head == "dfr" else None
             for artefact in missing
@@ -4540,6 +4586,20 @@ def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> 
         train_network(job, outputs, ctx, runtime)
 
     make([*students], build, ctx, runtime)
+
+
+def student_job(job: Job, ctx: Context, runtime: Runtime) -> Job:
+    """A student's job, with what its teachers have to say."""
+    student = job.settings
+    if student.has_teachers:
+        targets = frozen_targets(student, job.store, ctx, runtime)
+        if student.has_departures:
+            targets.departures = targets.measure()
+        features = feature_loss(job, targets, ctx) if student.has_features else None
+        job.losses = distillation(targets.answer, features)
+        if student.train.mix == "none":
+            job.prepare = targets.prepare
+    return classifier_job(job, ctx, runtime)
 
 
 def frozen_networks(student: Distill, ctx: Context) -> list[Artefact]:
@@ -5321,12 +5381,9 @@ def train_generator(ctx: Context, runtime: Runtime) -> Path:
     folder = artefact.path.with_name("pipeline")
 
     def build(missing: list[Artefact]) -> None:
-        from diffusers.training_utils import EMAModel
-
         diffusers = import_diffusers()
         job = diffusion_job(artefact, ctx, runtime)
-        unet: Any = job.model.to(runtime.device, runtime.dtype)
-        job.average = EMAModel(unet.parameters(), ctx.recipe.diffusion.ema)
+        unet: Any = job.model
         count = sum(parameter.numel() for parameter in unet.parameters())
         say(
             f"generator: UNet of {count:,} parameters, {job.train.epochs} epochs of "
@@ -5358,6 +5415,8 @@ def diffusion_scheduler(section: Diffusion) -> Any:
 
 def diffusion_job(artefact: Artefact, ctx: Context, runtime: Runtime) -> Job:
     """What the generator learns: to denoise the whole stored squares."""
+    from diffusers.training_utils import EMAModel
+
     section, store = ctx.recipe.diffusion, ctx.store
     scheduler = diffusion_scheduler(section)
 
@@ -5392,9 +5451,10 @@ def diffusion_job(artefact: Artefact, ctx: Context, runtime: Runtime) -> Job:
         section.epochs, section.batch_size, lr=section.lr, schedule="cosine", optimizer="adamw",
         weight_decay=0.01, checkpoint_minutes=section.checkpoint_minutes,
     )
+    unet = diffusion_network(section, store).to(runtime.device, runtime.dtype)
     return Job(
-        artefact, diffusion_network(section, store), section, train, store, section.seed, losses,
-        view=view, forward=forward, clip=1.0,
+        artefact, unet, section, train, store, section.seed, losses, view=view, forward=forward,
+        average=EMAModel(unet.parameters(), section.ema), clip=1.0,
     )
 
 
@@ -6793,6 +6853,793 @@ def check_student(
         )
 
 
+# ---- Dry run -------------------------------------------------------------------------------------
+
+# A kind of step is timed for so many seconds at least, after so many steps, which are slower.
+PROBE_SECONDS, WARM_UP = 1.5, 3
+# Only trained networks could tell, so it is a guess: this share of a guided set's sources pass,
+# halfway through their iterations (ours; on the digits 51 and 64 % do).
+ACCEPTED = 0.5
+
+
+@dataclass
+class Stage:
+    """A line of the table: what is to be made, and what it costs."""
+
+    name: str
+    to_make: int = 0
+    finished: int = 0
+    images: int = 0  # of the largest epoch; of a store, a cache or a set all of them
+    epochs: int = 0  # of the longest training
+    steps: int = 0  # of all trainings together
+    disk: float = 0.0  # bytes that stay
+    seconds: float = 0.0
+
+    def cells(self) -> list[str]:
+        counts = (self.to_make, self.finished, self.images, self.epochs, self.steps)
+        numbers = [f"{count:,}" if count else "" for count in counts]
+        disk = in_bytes(self.disk) if self.disk else ""
+        return [self.name, *numbers, disk, in_time(self.seconds)]
+
+
+class Pace(NamedTuple):
+    """What one kind of training costs, as measured; times in seconds, sizes in bytes."""
+
+    setup: float  # before the first steady step
+    step: float
+    epoch: float  # the end of one, validation aside
+    save: float  # a checkpoint
+    finish: float  # writing the network
+    predict: float  # an image
+    checkpoint: int
+    weights: int  # the network's file
+    log: int  # of TensorBoard before the first epoch ends
+    history: int  # of an epoch, losses of the samples aside
+    path: Path  # the network, trained for some steps
+
+
+class Course(NamedTuple):
+    """How much of a kind of training is to be done."""
+
+    train: Train
+    num_images: int
+    num_epochs: int
+    work: Path  # where its checkpoints are, if it was begun
+
+
+class SetPace(NamedTuple):
+    """What one kind of generated images costs, as measured; times in seconds."""
+
+    setup: float
+    first: float  # an image's first iterate, and writing it
+    iteration: float  # each further one
+    disk: float  # bytes of an image and its record
+
+
+def in_bytes(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"
+
+
+def in_time(seconds: float) -> str:
+    return f"{seconds / 3600:,.2f} h" if seconds >= 1800 else f"{seconds:,.1f} s"
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the files below a folder hold."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def counted_store(data: Data, root: str) -> Store:
+    """The store if it was built before, else what the rows tell of it."""
+    rows = checked_rows(data, root)
+    return stored_rows(rows, data, store_folder(rows, data))
+
+
+def few_rows(rows: Sequence[Row], num_train: int) -> list[Row]:
+    """Rows to measure with: of training evenly of the classes, else of the groups."""
+    chosen: list[Row] = []
+    for split, wanted in (("train", num_train), ("val", 2 * BLOCK), ("test", BLOCK // 4)):
+        ranked: list[tuple[int, Row]] = []
+        seen: dict[Any, int] = {}
+        for row in rows:
+            if row.split == split:
+                kind = row.label if split == "train" else (row.label, row.attribute)
+                seen[kind] = seen.get(kind, 0) + 1
+                ranked.append((seen[kind], row))
+        ranked.sort(key=lambda pair: pair[0])
+        chosen += [row for _, row in ranked[: max(wanted, 8 * len(seen))]]
+    return chosen
+
+
+def first_block(store: Store) -> np.ndarray:
+    """As many images as are predicted at once, of whatever split: that decides the memory."""
+    return np.arange(min(BLOCK, len(store.labels)))
+
+
+def trial_context(ctx: Context, folder: Path) -> Context:
+    """The same command on a few images, with a store and results of its own in `folder`."""
+    recipe = ctx.recipe
+    trains = [recipe.teachers.train, recipe.bias_model.train]
+    trains += [student.train for student in recipe.students.values()]
+    batches = [train.batch_size for train in trains]
+    if any(not images.generator for images in recipe.augments.values()):
+        batches.append(recipe.diffusion.batch_size)
+    rows = checked_rows(recipe.data, recipe.root)
+    least = BLOCK if ctx.runtime.device.type == "cuda" else 64  # slow processors ask no more
+    few = few_rows(rows, max(2 * max(batches), least))
+    largest = 0.0 if is_encoded(rows, recipe.data) else recipe.data.max_store_gb
+    data = replace(
+        recipe.data, reader=lambda root: few, store=str(folder / "store"), max_store_gb=largest
+    )
+    return replace(
+        ctx, recipe=replace(recipe, data=data), store=open_store(data, recipe.root),
+        out=folder / "out", runtime=ctx.runtime.alone(), common=replace(ctx.common, redo=False),
+        loaded={}, remade=set(),
+    )
+
+
+def kind_of(section: Any, *more: Any) -> str:
+    """Tells apart trainings that cost differently: by settings, without those that change neither
+    time nor memory of a step. Of numbers that draw curves it matters whether they are 0."""
+    train = replace(
+        section.train, epochs=1, lr=0.0, schedule="constant", warmup_epochs=0.0, momentum=0.0,
+        weight_decay=0.0, num_views=0, view_seed=0,
+    )
+    changes: dict[str, Any] = {"train": train}
+    if isinstance(section, Distill):
+        changes |= {"augmented": "", "start": "", "rebalance": "none", "weights": ""}
+    elif isinstance(section, Teachers):
+        changes |= {"seed": 0, "weights": ()}
+    values = settings_of(replace(section, **changes), head=False)
+    for setting in settings_in(section):
+        if setting.name in values and Mark.CURVE in setting.marks:
+            numbers = setting.value if isinstance(setting.value, tuple) else (setting.value,)
+            values[setting.name] = [number > 0 for number in numbers]
+    return digest(values, *more)
+
+
+def timed_epoch(training: Training, seconds: float) -> tuple[float, float]:
+    """Seconds of a step and of an epoch's end, having trained for `seconds` at least."""
+    job, device, count = training.job, training.runtime.device, 0
+    first = training._epoch(0)
+    full = [batch for batch in first if len(batch) == len(first[0])]
+    batches = full * math.ceil(1000 / len(full))
+    training.steps_per_epoch = len(batches)  # `check_loss` waits for a GPU no more than in the run
+    job.prepare(0)
+    began = now(device)
+    for batch, parts in prefetch(batches, functools.partial(training._read, 0)):
+        training.step(0, len(batch), parts)
+        training.check_loss()
+        count += 1
+        if count >= WARM_UP and time.perf_counter() - began >= seconds:
+            break
+    trained = now(device)
+    training.saved = time.monotonic()  # a checkpoint is timed by itself
+    job.prepare(0)
+    training.end_epoch(0)
+    training.board.flush()
+    return (trained - began) / count, now(device) - trained
+
+
+def measure_training(build: Callable[[], Job], ctx: Context) -> Pace:
+    """Train a network for some steps as `fit` does, end two epochs, and write it."""
+    runtime, device = ctx.runtime, ctx.runtime.device
+    began = now(device)
+    job = build()
+    job.train = replace(job.train, epochs=1000)  # none that ends here is the last
+    job.stop_after = 0
+    training = Training(job, runtime)
+    training.restore()
+    artefact, network = job.artefact, job.model
+    board = artefact.path.parent / "tensorboard"
+    with training.reporting():
+        timed_epoch(training, 0.0)
+        warm, logged = now(device) - began, folder_bytes(board)
+        step, epoch = timed_epoch(training, PROBE_SECONDS)
+        history = folder_bytes(board) - logged
+        began = now(device)
+        training.save()
+        save = now(device) - began
+    checkpoint = sum(folder_bytes(path) for path in artefact.work.glob("[0-9]*"))
+    runtime.accelerator.free_memory()
+    predict_time = finish = 0.0
+    if isinstance(network, Classifier):
+        began, indices = now(device), first_block(job.store)
+        predict([network], job.store, indices, runtime)
+        predict_time = (now(device) - began) / len(indices)
+        began = now(device)
+        write_history(artefact, job, training.progress, {})
+        save_model(network, artefact, ctx, {})
+        finish = now(device) - began
+        history += len(json.dumps(training.progress.history[-1], indent=1))
+    num_validated = len(job.store.split("selection")) or len(job.store.split("val"))
+    between = max(0.0, epoch - num_validated * predict_time)
+    setup = max(0.0, warm - WARM_UP * step - epoch)
+    weights = artefact.path.stat().st_size if artefact.path.is_file() else 0
+    shutil.rmtree(artefact.work)
+    return Pace(
+        setup, step, between, save, finish, predict_time, checkpoint, weights,
+        max(0, 2 * logged - folder_bytes(board)), history, artefact.path,
+    )
+
+
+def measure_set(
+    settings: Augment, artefact: Artefact, seed: int, ctx: Context, source: str
+) -> SetPace:
+    """Generate a few images with few iterations and with more, which no network accepts; then some
+    that are all accepted, to finish the set."""
+    runtime, store, device = ctx.runtime, ctx.store, ctx.runtime.device
+    began = now(device)
+    judge = appoint_judge(settings, seed, ctx, runtime)
+    generator = Generator(source, settings, store.class_names, store.data.size, runtime)
+    fit_memory(generator, judge)
+    if settings.realism < 1:
+        judge.threshold = calibrate(generator, store, settings.realism)
+    setup = now(device) - began
+    sources = store.split("train")[: generator.micro_batch].tolist()
+    folder, times = artefact.path.parent, list[float]()
+    folder.mkdir(parents=True)
+    for iterations, chosen in ((1, sources[:1]), (0, sources), (2, sources)):  # the first warms up
+        judge.settings = replace(settings, iterations=iterations, max_student=0.0)
+        began = now(device)
+        generate_files(folder, generator, judge, store, chosen, seed, 0)
+        times.append((now(device) - began) / len(chosen))
+    record = folder_bytes(folder) - sum(path.stat().st_size for path in folder.glob("*.png"))
+    judge.settings = replace(settings, guided=False)
+    generate_files(folder, generator, judge, store, sources[:16], seed, 0)
+    began = now(device)
+    finish_set(artefact, generator, store, source, seed)
+    setup += now(device) - began
+    # Untrained generators make noise, which PNG cannot compress; images of the data are alike.
+    image = png_bytes(store.raw(np.array(sources[:32])))
+    _, first, third = times
+    return SetPace(setup, first, (third - first) / 2, image + record / (1 + 2 * len(sources)))
+
+
+def png_bytes(raw: np.ndarray) -> float:
+    """Mean size of images uint8 [B, 3, S, S] as PNG files."""
+    sizes = []
+    for image in raw:
+        content = io.BytesIO()
+        Image.fromarray(image.transpose(1, 2, 0)).save(content, "png")
+        sizes.append(content.tell())
+    return float(np.mean(sizes))
+
+
+class DryRun:
+    """What `run` would do, counted from the recipe, and timed with stand-ins on a few images."""
+
+    def __init__(self, ctx: Context, folder: Path) -> None:
+        self.ctx, self.store, self.recipe = ctx, ctx.store, ctx.recipe
+        self.is_built = (ctx.store.folder / "manifest.json").is_file()
+        self.stages: dict[str, Stage] = {}
+        self.paces: dict[str, Pace] = {}
+        self.set_paces: dict[str, SetPace] = {}
+        self.seconds: dict[str, float] = {}  # of other work, by what it is
+        self.checkpoint = 0  # bytes, of the largest training
+        self.growth: dict[str, float] = {}  # bytes of memory that a few images do not show
+        began = time.perf_counter()
+        self.trial = trial_context(ctx, folder)
+        self.decoding = (time.perf_counter() - began) / len(self.trial.store.labels)
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Do once what takes long the first time only, imports above all. That is what a run has to
+        do too, so the processor time of the process till then is the time of its start."""
+        trial, store = self.trial, self.trial.store
+        model = build_model("cnn2", "random", store.num_classes, Input(), 0)
+        path = trial.out / "warm-up" / "model.safetensors"
+        train, section = Train(epochs=1), self.recipe.teachers
+        job = Job(
+            Artefact("warm-up", path, "", {}, {}), model, section, train, store, 0, label_losses
+        )
+        fit(classifier_job(job, trial, trial.runtime), trial.runtime)
+        refit_head(model, store, replace(section.dfr, num_refits=1), train, 0, trial.runtime)
+        png(*new_figure())
+        if self.recipe.augments:
+            import_diffusers()
+        self.stage("start").seconds = time.process_time()
+
+    def stage(self, name: str) -> Stage:
+        return self.stages.setdefault(name, Stage(name))
+
+    def grow(self, cause: str, count: float) -> None:
+        """Note the most bytes of memory that something takes."""
+        self.growth[cause] = max(count, self.growth.get(cause, 0))
+
+    def is_due(self, artefact: Artefact) -> bool:
+        """Is it to be made? Without a store nothing can be recognised."""
+        return not self.is_built or self.ctx.due(artefact)
+
+    def timed(self, what: str, function: Callable[[], Any]) -> float:
+        """Seconds of a piece of work, measured once."""
+        if what not in self.seconds:
+            began = now(self.trial.runtime.device)
+            function()
+            self.seconds[what] = now(self.trial.runtime.device) - began
+        return self.seconds[what]
+
+    # Networks that stand in for those of the run
+
+    def pace(self, kind: str, build: Callable[[], Job]) -> Pace:
+        """What a kind of training costs."""
+        if kind not in self.paces:
+            self.paces[kind] = measure_training(build, self.trial)
+        return self.paces[kind]
+
+    def teacher_pace(self, i: int) -> Pace:
+        trial = self.trial
+        kind = kind_of(self.recipe.teachers.of(i))
+        return self.pace(kind, lambda: teacher_job(i, trial, trial.runtime))
+
+    def bias_pace(self) -> Pace:
+        section, trial = self.recipe.bias_model, self.trial
+        if section.kind == "teacher":
+            return self.teacher_pace(section.teacher)
+        return self.pace("bias-model", lambda: bias_job(trial, trial.runtime))
+
+    def student_pace(self, name: str) -> Pace:
+        """What training a student costs, on the plain images."""
+        student, trial, seed = self.ctx.students[name], self.trial, self.recipe.seeds[0]
+
+        def build() -> Job:
+            plain = replace(student, augmented="", start="", rebalance="none")
+            weights = "random" if student.start else student.weights
+            num_classes = trial.store.num_classes
+            model = build_model(student.arch, weights, num_classes, student.input, seed)
+            artefact, store = trial.student(name, seed), trial.store
+            job = Job(artefact, model, plain, student.train, store, seed, label_losses)
+            return student_job(job, trial, trial.runtime)
+
+        kind = self.student_kind(name)
+        if kind not in self.paces and student.has_teachers:
+            self.stand_in(frozen_networks(student, trial))
+            targets = frozen_targets(student, trial.store, trial, trial.runtime)
+            targets.prepare(0)  # once for all students, so it is no student's set-up
+        return self.pace(kind, build)
+
+    def student_kind(self, name: str) -> str:
+        """Students whose training costs alike, the number and kinds of their teachers included."""
+        student = self.ctx.students[name]
+        frozen = frozen_networks(student, self.trial)
+        return kind_of(student, len(frozen), sorted({self.arch(each) for each in frozen}))
+
+    def arch(self, artefact: Artefact) -> str:
+        """The architecture of a teacher or the biased model."""
+        kind, number, *_ = artefact.name.split("/")
+        if kind == "bias-model":
+            return self.recipe.bias_model.arch
+        return self.recipe.teachers.of(int(number)).arch[0]
+
+    def stand_in(self, artefacts: Sequence[Artefact]) -> None:
+        """Write networks in place of those that the run makes, each with a trunk of its own."""
+        for artefact in artefacts:
+            if artefact.path.is_file():
+                continue
+            kind, name, *_ = artefact.name.split("/")
+            number = 0
+            if kind == "teachers":
+                number = int(name)
+                pace = self.teacher_pace(number)
+            elif kind == "students":
+                pace = self.student_pace(name)
+            else:
+                pace = self.bias_pace()
+            model = load_model(pace.path)
+            with torch.no_grad():
+                next(model.trunk.parameters()).mul_(1 + number / 1000)
+            save_model(model, artefact, self.trial, {})
+
+    # Stages
+
+    def count(self) -> None:
+        """All stages, in the order of the run."""
+        if not self.is_built:
+            self.count_store()
+        self.count_teachers()
+        self.count_bias_model()
+        self.count_students()
+        self.count_targets()
+        self.count_sets()
+        self.count_evaluation()
+
+    def count_store(self) -> None:
+        recipe = self.recipe
+        rows = checked_rows(recipe.data, recipe.root)
+        stage = self.stage("image store")
+        stage.to_make, stage.images = 1, len(rows)
+        stage.disk = stored_bytes(rows, recipe.data, is_encoded(rows, recipe.data))
+        stage.seconds = self.decoding * len(rows)
+
+    @property
+    def num_validated(self) -> int:
+        """Images that `validate` predicts."""
+        return len(self.store.split("selection")) or len(self.store.split("val"))
+
+    def count_training(self, stage: Stage, pace: Pace, course: Course) -> None:
+        """A training, or the rest of one that was begun."""
+        train, num_images, num_epochs, work = course
+        per_epoch = len(epoch_batches(num_images, train.batch_size, 0, 0))
+        saved = [int(path.name) for path in work.glob("[0-9]*") if not path.suffix]
+        steps = max(0, num_epochs * per_epoch - max(saved, default=0))
+        epoch = pace.epoch + self.num_validated * pace.predict
+        seconds = pace.setup + steps * (pace.step + epoch / per_epoch)
+        limit = 60 * train.checkpoint_minutes
+        between_saves = min(limit, max(min(10, limit), per_epoch * pace.step + epoch))
+        seconds += (1 + seconds / between_saves) * pace.save
+        losses = 4 * num_images * num_epochs
+        stage.images = max(stage.images, num_images)
+        stage.epochs = max(stage.epochs, num_epochs)
+        stage.steps += steps
+        stage.seconds += seconds
+        stage.disk += pace.log
+        self.checkpoint = max(self.checkpoint, 2 * pace.checkpoint + losses)
+        self.grow("losses", 2 * losses)
+
+    def count_files(self, stage: Stage, pace: Pace, course: Course) -> None:
+        """A finished network's files, and its last validation."""
+        stage.disk += pace.weights
+        stage.disk += course.num_epochs * (pace.history + 4 * course.num_images)
+        stage.seconds += pace.finish + self.num_validated * pace.predict
+
+    def count_teachers(self) -> None:
+        section, num_images = self.recipe.teachers, len(self.store.split("train"))
+        for i in range(section.num_teachers):
+            arch = section.of(i).arch[0]
+            stage, artefact = self.stage(f"teachers {arch}"), self.ctx.teacher(i, "erm")
+            heads, head = self.stage(f"{self.store.refit_name} heads"), self.ctx.teacher(i, "dfr")
+            if self.is_due(artefact):
+                pace, train = self.teacher_pace(i), section.train
+                stage.to_make += 1
+                course = Course(train, num_images, train.epochs, artefact.work)
+                self.count_training(stage, pace, course)
+                self.count_files(stage, pace, course)
+            else:
+                stage.finished += 1
+            if self.is_due(head):
+                pace = self.teacher_pace(i)
+                heads.to_make += 1
+                heads.images = len(self.store.split("reweighting"))
+                heads.disk += pace.weights
+                heads.seconds += pace.finish + self.refit_seconds(pace, section)
+            else:
+                heads.finished += 1
+
+    def refit_seconds(self, pace: Pace, section: Teachers | Distill) -> float:
+        """Refitting a head: features of the reweighting part, and fits, whose time goes with the
+        images they see: of l1 balanced subsets, of SGD all."""
+        trial, what = self.trial, digest("refit", str(pace.path), settings_of(section.dfr))
+        model = load_model(pace.path, trial.runtime.device)
+        seconds = self.timed(what, lambda: refit_head(
+            model, trial.store, section.dfr, section.train, 0, trial.runtime
+        ))
+        sizes = []
+        for store in (self.store, trial.store):
+            part = store.split("reweighting")
+            cells = np.bincount(store.cells[part])
+            by_l1 = section.dfr.method == "l1"
+            by_l1 |= section.dfr.method == "auto" and store.num_classes == 2
+            sizes.append((len(part), len(cells) * int(cells.min()) if by_l1 else len(part)))
+        (num_images, num_fitted), (num_few, few_fitted) = sizes
+        fits = max(0.0, seconds - num_few * pace.predict)
+        predictions = (num_images + self.num_validated) * pace.predict
+        return predictions + fits * num_fitted / few_fitted
+
+    def count_bias_model(self) -> None:
+        section, artefact = self.recipe.bias_model, self.ctx.bias()
+        is_copy = section.kind == "teacher"
+        stage = self.stage("biased model (a copy)" if is_copy else "biased model")
+        if not self.is_due(artefact):
+            stage.finished = 1
+            return
+        pace, num_images = self.bias_pace(), len(self.store.split("train"))
+        stage.to_make = 1
+        train = self.recipe.teachers.train if is_copy else section.train
+        epochs = train.epochs
+        if section.kind == "early-stopped":
+            epochs = min(section.stop_after, epochs)
+        course = Course(train, num_images, epochs, artefact.work)
+        if not is_copy:
+            self.count_training(stage, pace, course)
+        self.count_files(stage, pace, course)
+
+    def count_students(self) -> None:
+        shown: dict[str, list[str]] = {}  # students of each kind
+        for seed, names in students_alike(self.recipe):
+            artefacts = [self.ctx.student(name, seed) for name in names]
+            due = [name for name, each in zip(names, artefacts, strict=True) if self.is_due(each)]
+            student, kind = self.ctx.students[names[0]], self.student_kind(names[0])
+            kinds = shown.setdefault(kind, [])
+            kinds += [name for name in names if name not in kinds]
+            stage = self.stage(f"students {kind}")
+            stage.name = "students " + shorten(", ".join(kinds), 50)
+            stage.finished += len(names) - len(due)
+            if not due:
+                continue
+            pace = self.student_pace(names[0])
+            num_images = self.num_training(student, seed)
+            course = Course(student.train, num_images, student.train.epochs, artefacts[0].work)
+            stage.to_make += len(due)
+            self.count_training(stage, pace, course)
+            for name in due:
+                self.count_files(stage, pace, course)
+                if self.ctx.students[name].head == "dfr":
+                    stage.seconds += self.refit_seconds(pace, self.ctx.students[name])
+
+    def num_training(self, student: Distill, seed: int) -> int:
+        """Images that a student learns from. TAB's clusters are taken to be the groups."""
+        store = self.store
+        train = store.split("train")
+        count, everywhere = len(train), np.zeros_like(train)
+        if student.rebalance == "groups":
+            count = len(rebalanced(store, store.cells[train], everywhere).split("train"))
+        elif student.rebalance == "classes":
+            count = len(rebalanced(store, store.labels[train], everywhere).split("train"))
+        elif student.rebalance == "tab":
+            balanced = rebalanced(store, store.cells[train], store.labels[train])
+            count = len(balanced.split("train"))
+        if student.augmented_ratio and student.augmented:
+            return count + round(student.augmented_ratio * len(train))
+        return count + (self.num_accepted(student.augmented, seed) if student.augmented else 0)
+
+    def num_sources(self, name: str, seed: int) -> int:
+        """Images that a set starts from."""
+        settings, train = self.ctx.sets[name], self.store.split("train")
+        if settings.like:
+            return self.num_accepted(settings.like, seed)
+        nothing_known = torch.zeros(len(train), self.store.num_classes)
+        return len(pick_sources(settings, nothing_known, self.store.labels[train]))
+
+    def num_accepted(self, name: str, seed: int) -> int:
+        """Images of a set, or as many as are to be expected."""
+        artefact, settings = self.ctx.image_set(name, seed), self.ctx.sets[name]
+        if self.is_built and artefact.standing().state == State.FINISHED:
+            return sum(record["accepted"] for record in read_records(artefact.path.parent))
+        return round(self.num_sources(name, seed) * (ACCEPTED if settings.guided else 1))
+
+    def count_targets(self) -> None:
+        """What teachers are asked, and what the cache holds of it, its limit included."""
+        stage = self.stage("teachers' answers (cache)")
+        cached: dict[Any, int] = {}
+        trunks: set[str] = set()
+        total, limit = 0, self.recipe.data.cache_gb * 1e9
+        for seed, names in students_alike(self.recipe):
+            student = self.ctx.students[names[0]]
+            due = any(self.is_due(self.ctx.student(name, seed)) for name in names)
+            if not due or not student.has_teachers or student.train.mix != "none":
+                continue
+            num_images, rows = self.num_training(student, seed), self.cached_rows(student)
+            more = (student.augmented, student.augmented_ratio, student.rebalance, student.helper)
+            plain = not student.augmented and student.rebalance == "none"
+            images = (*more, student.train.view_seed, 0 if plain else seed)
+            for view in self.views(student):
+                files = {(name, view, images): num_images * row for name, row in rows.items()}
+                missing = {file: size for file, size in files.items() if file not in cached}
+                asked = sorted({str(Path(name).parent) for name, *_ in missing})
+                trunks |= {*asked}
+                stage.images += num_images * len(asked)
+                stage.seconds += num_images * sum(map(self.ask_seconds, asked))
+                cached |= missing
+                total += sum(missing.values())
+                for file in [*cached]:  # the oldest first
+                    if total > limit and file not in files:
+                        total -= cached.pop(file)
+                stage.disk = max(stage.disk, total)
+                self.grow("answers", sum(files.values()))
+        stage.to_make = len(trunks)
+
+    def views(self, student: Distill) -> list[int]:
+        """The augmentations that a student is trained on."""
+        data, train = self.recipe.data, student.train
+        if not (data.random_crop or data.flip):
+            return [0]
+        return [*range(min(train.epochs, train.num_views or train.epochs))]
+
+    def cached_rows(self, student: Distill) -> dict[str, int]:
+        """Files that the cache holds for a student, with their bytes an image."""
+        self.stand_in(frozen := frozen_networks(student, self.trial))
+        size = 8 if self.trial.runtime.dtype == torch.float64 else 4
+        rows = {artefact.name: size * self.store.num_classes for artefact in frozen}
+        if student.has_features:
+            for artefact in frozen:
+                pooled = 2 * self.trial.network(artefact).head.in_features
+                rows[str(Path(artefact.name).with_name("pooled"))] = pooled
+        return rows
+
+    def ask_seconds(self, folder: str) -> float:
+        """One image, asked of the network whose files stand in a folder."""
+        name = f"{folder}/model" if folder == "bias-model" else f"{folder}/erm"
+        trial, artefact = self.trial, self.trial.described(name)
+        self.stand_in([artefact])
+        model = trial.network(artefact)
+        settings = trial.data_settings | {"asked": "to measure"}
+        targets = Targets([model], 1, trial.store, settings, trial.runtime, 0)
+        what = digest("ask", model.arch, dataclasses.asdict(model.input))
+        if what not in self.seconds:
+            targets.prepare(0)  # warms up
+        return self.timed(what, lambda: targets.prepare(1)) / len(targets.indices)
+
+    def count_sets(self) -> None:
+        """Generated images, and the generator where one is trained."""
+        num_train, own = len(self.store.split("train")), False
+        for seed, (name, settings) in itertools.product(
+            self.recipe.seeds, self.recipe.augments.items()
+        ):
+            stage, sources = self.stage(f"images {name}"), self.num_sources(name, seed)
+            if not self.is_due(self.ctx.image_set(name, seed)):
+                stage.finished += 1
+                continue
+            own |= not settings.generator
+            pace, rounds = self.set_pace(name, seed), 1.0
+            if settings.guided and settings.iterations:
+                rounds = max(1.0, (1 - ACCEPTED / 2) * (settings.iterations + 1))
+            stage.to_make += 1
+            stage.images += sources
+            stage.steps += round(sources * rounds)
+            stage.disk += sources * pace.disk
+            stage.seconds += pace.setup + sources * (pace.first + (rounds - 1) * pace.iteration)
+            if not settings.like:
+                stage.seconds += num_train * self.student_pace(settings.student).predict
+            extra = self.num_accepted(name, seed) * store_bytes(1, self.store.data.size)
+            self.grow("images", extra)
+        if own:
+            self.count_generator()
+
+    def set_pace(self, name: str, seed: int) -> SetPace:
+        """What a set costs, measured once for all seeds."""
+        if name not in self.set_paces:
+            settings, trial = self.ctx.sets[name], self.trial
+            self.stand_in([*trial.teachers("dfr"), trial.student(settings.student, seed)])
+            began = time.process_time()
+            untrained = replace(trial.recipe, diffusion=replace(trial.recipe.diffusion, epochs=0))
+            source = settings.generator or str(
+                train_generator(replace(trial, recipe=untrained), trial.runtime)
+            )
+            load_pipeline(source)  # the first time it imports much
+            self.stage("start").seconds += time.process_time() - began
+            artefact = trial.image_set(name, seed)
+            self.set_paces[name] = measure_set(settings, artefact, seed, trial, source)
+        return self.set_paces[name]
+
+    def count_generator(self) -> None:
+        section, artefact = self.recipe.diffusion, self.ctx.generator()
+        stage, trial = self.stage("generator"), self.trial
+        if not self.is_due(artefact):
+            stage.finished = 1
+            return
+        pace = self.pace(
+            "generator", lambda: diffusion_job(trial.generator(), trial, trial.runtime)
+        )
+        num_images = len(self.store.split("train"))
+        train = Train(
+            section.epochs, section.batch_size, checkpoint_minutes=section.checkpoint_minutes
+        )
+        stage.to_make = 1
+        self.count_training(stage, pace, Course(train, num_images, section.epochs, artefact.work))
+        stage.disk += folder_bytes(trial.generator().path.with_name("pipeline"))
+        stage.disk += section.epochs * pace.history
+
+    def predict_seconds(self, arch: str, input: Input) -> float:
+        """Predicting one image."""
+        trial, what = self.trial, digest("predict", arch, dataclasses.asdict(input))
+        indices = first_block(trial.store)
+        if what not in self.seconds:
+            model = build_model(arch, "random", trial.store.num_classes, input, 0)
+            model.to(trial.runtime.device, trial.runtime.dtype)
+            predict([model], trial.store, indices[:64], trial.runtime)  # warms up
+            self.timed(what, lambda: predict([model], trial.store, indices, trial.runtime))
+        return self.seconds[what] / len(indices)
+
+    def count_evaluation(self) -> None:
+        """Predictions of every network, and what the report takes whatever their number."""
+        trial, recipe, store = self.trial, self.recipe, self.store
+        teachers = [recipe.teachers.of(i) for i in range(recipe.teachers.num_teachers)]
+        trunks = [(section.arch[0], section.input) for section in teachers]
+        if recipe.bias_model.kind != "teacher":
+            trunks.append((recipe.bias_model.arch, recipe.bias_model.input))
+        alone = []  # students, to choose one
+        for _, names in students_alike(recipe):
+            student = (self.ctx.students[names[0]].arch, self.ctx.students[names[0]].input)
+            trunks.append(student)
+            alone += [student for _ in names]
+        stage = self.stage("evaluation")
+        stage.to_make, stage.images = len(trunks), len(store.split(recipe.eval.split))
+        self.stand_in([trial.teacher(0, "erm")])
+        without_probes = replace(trial.recipe, eval=replace(recipe.eval, probes=False))
+        plain = replace(trial, recipe=without_probes)
+        stage.seconds = self.timed("report", lambda: run_eval(plain))
+        stage.seconds += stage.images * sum(self.predict_seconds(*trunk) for trunk in trunks)
+        stage.seconds += len(store.split("selection")) * sum(
+            self.predict_seconds(*student) for student in alone
+        )
+        stage.disk = sum(path.stat().st_size for path in trial.out.glob("*") if path.is_file())
+        if recipe.eval.probes:
+            path = trial.teacher(0, "erm").path
+            scored = {"": [Scored("", "", path)]}
+            seconds = self.timed("probes", lambda: probe_models(trial, scored))
+            few, every = (len(each.split("val")) for each in (trial.store, store))
+            stage.seconds += seconds * len(trunks) * every / few
+
+    # What is printed
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages.values())
+
+    def memory(self) -> int:
+        """Peak bytes: what was measured, and what grows with the data."""
+        rows = checked_rows(self.recipe.data, self.recipe.root)
+        mapped = stored_bytes(rows, self.recipe.data, is_encoded(rows, self.recipe.data))
+        few = store_bytes(len(self.trial.store.labels), self.store.data.size)
+        measured = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return round(measured + max(0, mapped - few) + sum(self.growth.values()))
+
+    def disk_lines(self) -> list[str]:
+        """What is written where, with a warning where it does not fit."""
+        below_store = ("image store", "teachers' answers (cache)")
+        stored = sum(self.stages[name].disk for name in below_store if name in self.stages)
+        made = sum(stage.disk for stage in self.stages.values()) - stored
+        places = [(self.ctx.out, made + self.checkpoint, "--out"),
+                  (Path(self.recipe.data.store), stored, "Data.store")]
+        lines = []
+        for folder, count, flag in places:
+            existing = next(path for path in (folder.absolute(), *folder.absolute().parents)
+                            if path.exists())
+            free = shutil.disk_usage(existing).free
+            lines.append(f"Disk: {in_bytes(count)} below {folder}, {in_bytes(free)} free.")
+            if count > free:
+                lines.append(f"warning: {folder} has too little room: make some, or name another "
+                             f"disk as {flag}.")
+        lines[0] += f" Checkpoints of it: at most {in_bytes(self.checkpoint)} at a time."
+        return lines
+
+    def text(self) -> str:
+        """The table, and what it comes to."""
+        ctx, device = self.ctx, self.trial.runtime.device
+        header = ["stage", "to make", "finished", "images", "epochs", "steps", "disk", "time"]
+        rows = [stage.cells() for stage in self.stages.values()]
+        title = f"\nDry run of {ctx.name}: nothing is made in {ctx.out}.\n"
+        lines = [title, table(header, rows), ""]
+        if not self.is_built:
+            lines.append(
+                "The image store is not built yet, so what is finished cannot be told: all counts."
+            )
+        if any(name.startswith("images ") for name in self.stages):
+            lines.append(
+                f"Guessed: of a guided set's sources {100 * ACCEPTED:.0f} % pass, halfway through "
+                "their iterations."
+            )
+        lines += self.disk_lines()
+        memory = f"{self.memory() / 2**30:.2f} GiB of memory"
+        if device.type == "cuda":
+            memory += f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+        seconds = self.total_seconds
+        lines.append(
+            f"Would take {seconds:.0f} s ({seconds / 3600:.2f} hours), at most {memory}: estimated "
+            f"from steps measured here, {ctx.runtime.precision} on one {device.type} process."
+        )
+        return "\n".join(lines)
+
+
+def dry_run(ctx: Context) -> DryRun:
+    """Count and time what `run` would do; prints it, and writes in a temporary folder only."""
+    if ctx.runtime.accelerator.num_processes > 1:
+        raise Problem("--dry-run measures one process: start it with `python grokd.py run`.")
+    with tempfile.TemporaryDirectory(prefix="grokd-") as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            plan = DryRun(ctx, Path(folder))
+            plan.count()
+        say(plan.text())
+    return plan
+
+
 # ---- Command line --------------------------------------------------------------------------------
 
 COMMANDS = {
@@ -6809,6 +7656,11 @@ STUDENTS = (
 )
 SETS = "Sets to make, by name; all if none is named. Otherwise as for --student of distill."
 MODELS = "Score just these files, whoever made them."
+DRY_RUN = (
+    "Make nothing: count what is to be made, its disk space, memory and hours. Every kind of step "
+    "is timed for some seconds on a few images, on this device, in a temporary folder. One process "
+    "only."
+)
 
 
 def overview() -> str:
@@ -6889,6 +7741,13 @@ def parse(kind: Any, default: Any, args: Sequence[str], prog: str, description: 
         raise Problem(f"{message} (see {prog} --help).") from None
 
 
+class Own(NamedTuple):
+    """Flags that one command alone has."""
+
+    models: tuple[Path, ...] = ()  # of eval
+    dry_run: bool = False  # of run
+
+
 class Choice(NamedTuple):
     """A part of the recipe that holds many sections by name, of which a command picks some."""
 
@@ -6940,6 +7799,9 @@ class Flags:
         if command == "eval":
             paths = Annotated[tuple[Path, ...], tyro.conf.arg(help=MODELS)]
             options.append(("models", paths, field(default=())))
+        if command == "run":
+            switch = Annotated[bool, tyro.conf.arg(help=DRY_RUN)]
+            options.append(("dry_run", switch, field(default=False)))
         self.type: Any = dataclasses.make_dataclass("Flags", options, frozen=True)
 
     def _split(self, arg: str) -> list[str]:
@@ -6993,8 +7855,8 @@ class Flags:
 
 def apply_flags(
     command: str, recipe: Recipe, name: str, args: Sequence[str]
-) -> tuple[Recipe, Common, tuple[Path, ...]]:
-    """The recipe with the command line's flags on top, the common flags, and eval's --models."""
+) -> tuple[Recipe, Common, Own]:
+    """The recipe with the command line's flags on top, the common flags, and the command's own."""
     flags = Flags(command, recipe, name, args)
     if flags.choice and not flags.every:
         raise Problem(f"The recipe {name} names no {flags.choice.part}.")
@@ -7031,7 +7893,8 @@ def apply_flags(
         augments={key: renamed(each, new_names) for key, each in new.augments.items()},
     )
     check_recipe(new, "flags", recipe)
-    return new, common, getattr(given, "models", ())
+    own = Own(getattr(given, "models", ()), getattr(given, "dry_run", False))
+    return new, common, own
 
 
 def altered(before: Any, after: Any) -> list[Setting]:
@@ -7142,12 +8005,13 @@ def command_line(argv: Sequence[str]) -> None:
     is_named = len(argv) > 1 and not argv[1].startswith("-")
     name, args = (argv[1], argv[2:]) if is_named else ("digits", argv[1:])
     loaded = load_recipe(name)
-    recipe, common, models = apply_flags(command, loaded, name, args)
+    recipe, common, own = apply_flags(command, loaded, name, args)
     if command in ("augment", "run"):
         check_generators(recipe, Path(common.out))
     began = time.monotonic()
     runtime = Runtime.start(common.precision)
-    store = open_store(recipe.data, recipe.root)
+    find_store = counted_store if own.dry_run else open_store
+    store = find_store(recipe.data, recipe.root)
     check_attributes(recipe, store)
     makes = ["teachers", "bias-model", "distill", "augment"] if command == "run" else [command]
     ctx = Context(
@@ -7157,7 +8021,11 @@ def command_line(argv: Sequence[str]) -> None:
     )
     if common.resume and command != "eval":
         check_resume(ctx)
-    work(command, ctx, models)
+    if own.dry_run:
+        dry_run(ctx)
+        runtime.accelerator.end_training()
+        return
+    work(command, ctx, own.models)
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory"
     if torch.cuda.is_available():
         memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"

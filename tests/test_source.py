@@ -105,14 +105,15 @@ def test_functions_are_short_and_take_few_parameters() -> None:
         assert len([a for a in arguments if a != "self"]) <= 7, node.name
 
 
-def test_weights_are_three_calls_from_distill() -> None:
-    """distill, distillation, a weighting of the table, agre_weights."""
+def test_weights_are_three_calls_from_a_students_job() -> None:
+    """student_job, distillation, a weighting of the table, agre_weights."""
     called = {
         node.name: {n.func.id for n in ast.walk(node)
                     if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         for node in functions()
     }
-    assert "distillation" in called["distill"]
+    assert "student_job" in called["distill"]
+    assert "distillation" in called["student_job"]
     assert "weigh" in called["distillation"]
     assert grokd.WEIGHTINGS["agre"] is grokd.agre
     assert "agre_weights" in called["agre"]
