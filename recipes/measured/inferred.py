@@ -4,9 +4,9 @@
 
 For every seed, an ensemble of teachers, a biased model and students of recipes/digits_hidden.py,
 with the background's colour hidden from all but the last row. Test images are scored by their true
-groups; nothing was chosen by these, and AFR's gamma by the selection part of seed 0. Runs stand under runs/inferred/SEED/HEAD and are gone on with;
-teachers are trained once a seed with hidden colours, since only heads differ. --save writes
-inferred.json beside this file.
+groups; nothing was chosen by these, and AFR's gamma by the selection part of seed 0. Runs stand
+under runs/inferred/SEED/HEAD and are gone on with; teachers are trained once a seed with hidden
+colours, since only heads differ. --save writes inferred.json beside this file.
 """
 
 import argparse
