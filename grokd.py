@@ -6121,11 +6121,21 @@ def overview() -> str:
     """What `--help` prints."""
     lines = [(__doc__ or "").partition("\nMap of this file")[0].strip(), "", "Commands:"]
     lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
-    lines += ["", "Recipes:"]
+    recipes, programs = list[str](), list[str]()
     for path in recipe_files():
-        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        lines.append(f"  {path.stem:<24}{doc.partition(chr(10))[0]}")
-    return "\n".join(lines)
+        source = ast.parse(path.read_text(encoding="utf-8"))
+        first_line = (ast.get_docstring(source) or "").partition("\n")[0]
+        kind = recipes if defines_recipe(source) else programs
+        kind.append(f"  {path.stem:<24}{first_line}")
+    lines += ["", "Recipes:", *recipes, "", "Programs beside them (python recipes/NAME.py --help):"]
+    return "\n".join([*lines, *programs])
+
+
+def defines_recipe(source: ast.Module) -> bool:
+    """Does a file of recipes/ define a recipe? The others are programs."""
+    assigned = (node for node in source.body if isinstance(node, ast.Assign))
+    targets = (target for node in assigned for target in node.targets)
+    return any(isinstance(target, ast.Name) and target.id == "recipe" for target in targets)
 
 
 def recipe_files() -> list[Path]:
@@ -6148,7 +6158,9 @@ def load_recipe(name: str) -> Recipe:
         raise Problem(f"{path} has no recipe {variant!r}{suggest(variant, [*variants])}")
     recipe = variants[variant] if variant else getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
-        raise Problem(f"{path} defines no `recipe = Recipe(...)`.")
+        raise Problem(
+            f"{path} defines no `recipe = Recipe(...)`: if it is a program, call it by itself."
+        )
     check_recipe(recipe, path.name)
     return recipe
 
@@ -6494,10 +6506,10 @@ def group_table(store: Store) -> str:
     return table(header, rows)
 
 
-def main() -> None:
-    """Entry point: problems become one line and exit status 1."""
+def in_one_line(work: Callable[[], None]) -> None:
+    """Do the work; problems become one line and exit status 1. For programs of recipes/ too."""
     try:
-        command_line(sys.argv[1:])
+        work()
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except BrokenPipeError:  # as in `--help | head`
@@ -6511,6 +6523,11 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
+
+
+def main() -> None:
+    """Entry point."""
+    in_one_line(lambda: command_line(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,12 @@ from types import ModuleType
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
 from conftest import ROOT, Run
 from hypothesis import given, settings
 from PIL import Image
+from safetensors.torch import save
 
 import grokd
 from grokd import Problem, Row
@@ -216,3 +219,93 @@ def test_missing_spuco_birds_says_where_to_get_it(tmp_path: Path) -> None:
     assert reader
     with pytest.raises(Problem, match=r"val/waterbirds/land holds no images: get the data with"):
         reader(tmp_path)
+
+
+# Spurious ImageNet
+
+
+@pytest.fixture(scope="module")
+def spurious(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two features of the benchmark and ImageNet's validation folders, few images each."""
+    folder = tmp_path_factory.mktemp("spurious")
+    for wordnet in range(1000):
+        (folder / "ilsvrc" / "val" / f"n{10_000_000 + 7 * wordnet}").mkdir(parents=True)
+    for y, feature in ((3, 11), (417, 0)):
+        for k in range(4):
+            name = f"spurious_class_{y}_component_{feature}"
+            picture(folder / "images" / name / f"{k}.jpg", 1000 * y + k, (420, 420))
+            val = folder / "ilsvrc" / "val" / f"n{10_000_000 + 7 * y}"
+            picture(val / f"{k}.JPEG", 1000 * y + 500 + k, (300, 260))
+    (folder / "images" / "timestamp.txt").write_text("0")
+    model = grokd.build_model("cnn2", "random", 1000, grokd.Input(), 0)
+    description = {"arch": "cnn2", "class_names": json.dumps([*map(str, range(1000))]),
+                   "input": json.dumps({"input_size": 0, "mean": [0.5] * 3, "std": [0.5] * 3})}
+    grokd.write_file(folder / "model.safetensors", save(model.plain_state(), description))
+    return folder
+
+
+def call(program: ModuleType, *args: object) -> None:
+    """A program's main with a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [f"{program.__name__}.py", *map(str, args)])
+        program.main()
+
+
+def test_spurious_imagenet_scores_a_saved_model(
+    spurious: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """AP and AUC by their definitions, on images prepared by torchvision."""
+    model_file = spurious / "model.safetensors"
+    call(module("spurious_imagenet"), "--root", spurious, "--imagenet", spurious / "ilsvrc",
+         "--models", model_file, "--save", tmp_path / "scores.json")
+    found = json.loads((tmp_path / "scores.json").read_text())["models"][str(model_file)]
+    assert [row["class"] for row in found] == [3, 417]
+    printed = capsys.readouterr().out
+    assert "Mean over 2 classes" in printed
+    model = grokd.load_model(model_file)
+
+    def p(path: Path, y: int, size: int) -> float:
+        with Image.open(path) as file:
+            image = TF.center_crop(TF.resize(file.convert("RGB"), [size]), [224])
+        with torch.no_grad():
+            return float(model(TF.to_dtype(TF.to_image(image), scale=True)[None]).softmax(-1)[0, y])
+
+    for row, feature in zip(found, ("3_component_11", "417_component_0"), strict=True):
+        y = row["class"]
+        folder = spurious / "images" / f"spurious_class_{feature}"
+        bad = [p(path, y, 224) for path in folder.iterdir()]
+        val = spurious / "ilsvrc" / "val" / f"n{10_000_000 + 7 * y}"
+        good = [p(path, y, 256) for path in val.iterdir()]
+        auc = np.mean([a > b for a in good for b in bad])
+        ranked = sorted([(a, 1) for a in good] + [(b, 0) for b in bad], reverse=True)
+        hits = [i for i, (_, is_class) in enumerate(ranked, 1) if is_class]
+        ap = np.mean([k / i for k, i in enumerate(hits, 1)])
+        assert (row["auc"], row["ap"]) == (pytest.approx(auc), pytest.approx(ap))
+    means = [np.mean([row[key] for row in found]) for key in ("ap", "auc")]
+    assert f"{means[0]:.3f} | {means[1]:.3f}" in printed
+
+
+def test_spurious_imagenet_names_what_is_missing(spurious: Path, tmp_path: Path) -> None:
+    program = module("spurious_imagenet")
+    with pytest.raises(Problem, match=r"Spurious ImageNet is not in .*: get the images with"):
+        program.spurious_images(tmp_path)
+    (tmp_path / "spurious_class_x_component_1").mkdir()
+    with pytest.raises(Problem, match=r"_x_component_1 names no class of ImageNet"):
+        program.spurious_images(tmp_path)
+    with pytest.raises(Problem, match=r"val holds 0 folders of WordNet ids .* not 1,000"):
+        program.validation_images(tmp_path, [3])
+    with pytest.raises(Problem, match=r"val: no images in n10000007"):
+        program.validation_images(spurious / "ilsvrc", [1, 3])
+    few = grokd.build_model("cnn2", "random", 5, grokd.Input(), 0)
+    description = {"arch": "cnn2", "class_names": json.dumps(list("abcde")),
+                   "input": json.dumps({"input_size": 0, "mean": [0.5] * 3, "std": [0.5] * 3})}
+    grokd.write_file(tmp_path / "few.safetensors", save(few.plain_state(), description))
+    with pytest.raises(Problem, match=r"has 5 classes, not ImageNet's 1,000"):
+        program.load(str(tmp_path / "few.safetensors"))
+
+
+def test_spurious_imagenet_takes_a_plain_state_dict(tmp_path: Path) -> None:
+    model = grokd.build_model("cnn2", "random", 1000, grokd.Input(), 3)
+    torch.save(model.plain_state(), tmp_path / "plain.pth")
+    loaded = module("spurious_imagenet").load(f"cnn2:{tmp_path / 'plain.pth'}")
+    assert torch.equal(loaded.head.weight, model.head.weight)
