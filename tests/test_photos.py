@@ -10,16 +10,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from conftest import ROOT, Run
+from conftest import ROOT, Run, write_images
 from hypothesis import given, settings
 from PIL import Image
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 import grokd
 from grokd import Problem, Row
@@ -309,3 +310,251 @@ def test_spurious_imagenet_takes_a_plain_state_dict(tmp_path: Path) -> None:
     torch.save(model.plain_state(), tmp_path / "plain.pth")
     loaded = module("spurious_imagenet").load(f"cnn2:{tmp_path / 'plain.pth'}")
     assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+# CLIP
+
+
+def save_clip(folder: Path, activation: str = "quick_gelu") -> Path:
+    """A tiny random CLIP of the real classes, for images of 32 pixels."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = [chr(c) for c in range(97, 123)]
+    vocabulary = [*letters, *(w + "</w>" for w in [*letters, "."]), "<|startoftext|>",
+                  "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"),
+                              model_max_length=32)
+    begin, end = len(vocabulary) - 2, len(vocabulary) - 1
+    text = {"vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32,
+            "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+              "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+              "hidden_act": activation}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model: Any = CLIPModel(config)
+    for parameter in model.parameters():  # far from the tiny values of fresh weights
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def clip_logits(folder: Path, images: list[Image.Image], texts: list[str]) -> torch.Tensor:
+    """What transformers says: logits [images, texts]."""
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    tokens = CLIPTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    pixels = CLIPImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
+    model: Any = CLIPModel.from_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(**tokens, **pixels).logits_per_image
+
+
+def folder_images(folder: Path, count: int) -> list[Image.Image]:
+    images = []
+    for k in range(count):
+        picture(folder / f"{k}.png", k, (32, 32))
+        with Image.open(folder / f"{k}.png") as file:
+            images.append(file.convert("RGB"))
+    return images
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_zero_shot_network_answers_as_clip_does(tmp_path: Path, activation: str) -> None:
+    folder = save_clip(tmp_path / "clip", activation)
+    images = folder_images(tmp_path, 6)
+    words = {"cat": ["cat"], "dog": ["dog"], "bird": ["bird"]}
+    model = module("clip_teacher").zero_shot(str(folder), words, ("a {}.",))
+    expected = clip_logits(folder, images, ["a cat.", "a dog.", "a bird."])
+    shown = torch.stack([TF.to_dtype(TF.to_image(image), scale=True) for image in images])
+    with torch.no_grad():
+        assert torch.allclose(model(shown), expected, atol=1e-4)
+        assert torch.allclose(grokd.fold(model)(shown), expected, atol=1e-4)
+    assert len({*expected.argmax(-1).tolist()}) > 1  # it sees the images
+
+
+def test_texts_are_averaged_over_keywords_and_templates(clip: Path) -> None:
+    labeller = module("clip_attributes")
+    model, tokenizer, _ = labeller.load_clip(str(clip))
+
+    def one(text: str) -> torch.Tensor:
+        return labeller.text_directions(model, tokenizer, [[text]], ("{}",))[0]
+
+    mean = torch.stack([one(t) for t in ("a cat", "a kitten", "cat", "kitten")]).mean(0)
+    found = labeller.text_directions(model, tokenizer, [["cat", "kitten"]], ("a {}", "{}"))
+    assert torch.allclose(found[0], mean / mean.norm(), atol=1e-5)
+    with pytest.raises(Problem, match=r"needs \{\} where the keyword goes"):
+        labeller.text_directions(model, tokenizer, [["cat"]], ("a cat",))
+
+
+def write_table(folder: Path, attributes: list[str]) -> list[Image.Image]:
+    """A table with images, some with an attribute, and a column of its own."""
+    images = folder_images(folder, len(attributes))
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "place", "split", "note"])
+        for k, attribute in enumerate(attributes):
+            writer.writerow([f"{k}.png", k % 2, attribute, "train", f"no. {k}, kept"])
+    return images
+
+
+def label(clip: Path, folder: Path, *args: object) -> list[dict[str, str]]:
+    """The table that clip_attributes writes."""
+    call(module("clip_attributes"), folder / "metadata.csv", "--clip", clip, "--value", "land",
+         "--value", "water", "--template", "a {}.", "--attribute-column", "place",
+         "--batch-size", 3, *args)
+    with open(folder / "metadata-clip.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_clip_fills_missing_attributes_and_keeps_the_rest(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["land", "", "water", "", "", "", "land", "", ""]
+    images = write_table(tmp_path, given)
+    before = (tmp_path / "metadata.csv").read_bytes()
+    rows = label(clip, tmp_path)
+    logits = clip_logits(clip, images, ["a land.", "a water."])
+    answers = [("land", "water")[k] for k in logits.argmax(-1).tolist()]
+    assert [row["place"] for row in rows] == [g or a for g, a in zip(given, answers, strict=True)]
+    assert [row["note"] for row in rows] == [f"no. {k}, kept" for k in range(9)]
+    assert (tmp_path / "metadata.csv").read_bytes() == before
+    right = sum(g == a for g, a in zip(given, answers, strict=True))
+    printed = capsys.readouterr().out
+    assert f"CLIP agrees with {100 * right / 3:.1f} % of the 3 attributes" in printed
+    assert "6 of 9 attributes are CLIP's" in printed
+    with pytest.raises(Problem, match=r"metadata-clip.csv exists: delete it"):
+        label(clip, tmp_path)
+    (tmp_path / "metadata-clip.csv").unlink()
+    assert [row["place"] for row in label(clip, tmp_path, "--replace")] == answers
+
+
+def test_clips_column_serves_as_attribute(images: Path, clip: Path) -> None:
+    """Of a table without one."""
+    with open(images / "metadata.csv", newline="") as file:
+        rows = [{k: v for k, v in row.items() if k != "place"} for row in csv.DictReader(file)]
+    with open(images / "metadata.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    written = label(clip, images)
+    data = grokd.Data(metadata="metadata-clip.csv", attribute_column="place",
+                      attribute_names=("land", "water"))
+    read = grokd.read_rows(data, str(images))
+    assert [("land", "water")[row.attribute] for row in read] == [r["place"] for r in written]
+
+
+@pytest.mark.parametrize(("args", "told"), [
+    (["--image-column", "file"], r"has no column 'file'; it has 'image', .*--image-column"),
+    (["--attribute-column", "note"], r"row 2: column 'note' holds 'no. 0, kept', which is none"),
+    (["--save", "/elsewhere.csv"], r"must lie in"),
+    (["--save", "metadata.csv"], r"metadata.csv exists"),
+    (["--value", "land"], r"land, water, land: give two or more values, each once"),
+    (["--clip", "no/such/folder"], r"CLIP no/such/folder could not be loaded \("),
+])
+def test_what_is_wrong_with_labelling_is_one_line(
+    clip: Path, tmp_path: Path, args: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_table(tmp_path, ["land", "", "water"])
+    with pytest.raises(Problem, match=told) as problem:
+        label(clip, tmp_path, *args)
+    assert "\n" not in str(problem.value)
+    assert not (tmp_path / "metadata-clip.csv").exists()
+
+
+def test_clip_that_lacks_weights_is_refused(clip: Path, tmp_path: Path) -> None:
+    """transformers alone would go on with random ones."""
+    shutil.copytree(clip, tmp_path / "part")
+    state = load_file(clip / "model.safetensors")
+    del state["visual_projection.weight"]
+    (tmp_path / "part" / "model.safetensors").write_bytes(save(state, {"format": "pt"}))
+    with pytest.raises(Problem, match=r"not a whole CLIP: 1 of its weights are missing, visual_pr"):
+        module("clip_attributes").load_clip(str(tmp_path / "part"))
+
+
+def test_missing_and_damaged_images_are_named(clip: Path, tmp_path: Path) -> None:
+    write_table(tmp_path, ["", "", ""])
+    (tmp_path / "1.png").write_bytes(b"not an image")
+    with pytest.raises(Problem, match=r"1.png cannot be read"):
+        label(clip, tmp_path)
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(Problem, match=r"1 of the 3 images .* do not exist: 1.png"):
+        label(clip, tmp_path)
+
+
+RECIPE = '''
+from dataclasses import replace
+from tiny import recipe as tiny
+from grokd import BiasModel, Teachers, Train
+
+distill = replace(tiny.students["agre"], weighting="average", train=Train(epochs=1, batch_size=8))
+recipe = replace(
+    tiny,
+    teachers=Teachers(1, arch=("ARCH",), weights=("clip.safetensors",),
+                      dfr=tiny.students["agre"].dfr, train=Train(epochs=0)),
+    bias_model=BiasModel(kind="erm", arch="ARCH", weights="clip.safetensors",
+                         train=Train(epochs=0)),
+    students={
+        "zero-shot": replace(distill, dfr_share=0.0),
+        "layers": replace(distill, gamma=(0.5, 0.5), layers=("layer2=layer3", "pooled")),
+        "agre": replace(distill, weighting="agre"),
+    },
+    seeds=(0,),
+)
+'''
+
+
+def test_clip_is_a_teacher_from_file_to_report(
+    clip: Path, tmp_path: Path, grokd_process: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_images(tmp_path)
+    call(module("clip_teacher"), "--clip", clip, "--save", folder / "clip.safetensors",
+         "--class", "zero", "nought", "--class", "one")
+    arch = capsys.readouterr().out.partition('arch=("')[2].partition('"')[0]
+    (folder / "zero_shot.py").write_text(RECIPE.replace("ARCH", arch))
+    grokd_process("run", "zero_shot.py", "--root", ".", "--out", "out", cwd=folder)
+    written = load_file(folder / "clip.safetensors")
+    for name in ("teachers/0/erm", "bias-model/model"):
+        state = load_file(folder / "out" / f"{name}.safetensors")
+        assert state.keys() == written.keys()
+        assert all(torch.equal(state[key], written[key]) for key in written)  # nobody trained it
+    results = json.loads((folder / "out" / "results.json").read_text())
+    scores = {row["name"]: row["members"][0] for row in results["rows"]}
+    assert {"teachers, ERM", "teachers, DFR", "zero-shot", "layers", "agre"} <= scores.keys()
+    model = grokd.load_model(folder / "out/teachers/0/erm.safetensors")
+    assert model.input == grokd.load_model(folder / "clip.safetensors").input
+    assert model.input.input_size == 32
+
+
+def test_sizes_of_no_clip_are_refused_in_one_line() -> None:
+    whole = "clip:width=64,layers=1,patch=8,size=32,dim=8"
+    grokd.Classifier(whole, 2, grokd.Input())
+    for arch in ("clip:", "clip:width=32", "clip:ViT-B/32", f"{whole},heads=3", f"{whole},depth=1",
+                 f"{whole},activation=relu"):
+        with pytest.raises(Problem, match=r"after clip: stand width, layers, .* prints them"):
+            grokd.Classifier(arch, 2, grokd.Input())
+
+
+def test_help_names_programs_apart_from_recipes() -> None:
+    _, _, recipes = grokd.overview().partition("Recipes:")
+    recipes, _, programs = recipes.partition("Programs beside them")
+    for name in ("celeba", "spuco_birds", "colored_mnist", "where_it_pays"):
+        assert f"  {name} " in recipes
+    for name in ("clip_attributes", "clip_teacher", "spurious_imagenet"):
+        assert f"  {name} " in programs
+    with pytest.raises(Problem, match=r"if it is a program, call it by itself"):
+        grokd.load_recipe("spurious_imagenet")
