@@ -6205,9 +6205,9 @@ def overview() -> str:
 
 def defines_recipe(source: ast.Module) -> bool:
     """Does a file of recipes/ define a recipe? The others are programs."""
-    assigned = (node for node in source.body if isinstance(node, ast.Assign))
-    targets = (target for node in assigned for target in node.targets)
-    return any(isinstance(target, ast.Name) and target.id == "recipe" for target in targets)
+    assignments = (node for node in source.body if isinstance(node, ast.Assign | ast.AnnAssign))
+    names = (name for node in assignments for name in ast.walk(node) if isinstance(name, ast.Name))
+    return any(name.id == "recipe" and isinstance(name.ctx, ast.Store) for name in names)
 
 
 def recipe_files() -> list[Path]:

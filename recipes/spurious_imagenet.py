@@ -86,7 +86,7 @@ def validation_images(root: Path, classes: Sequence[int]) -> dict[int, list[Path
 
 def load(text: str) -> grokd.Classifier:
     """A file of grokd's, or ARCH:WEIGHTS of torchvision's by name or from a file; frozen."""
-    if Path(text).is_file():
+    if Path(text).suffix == ".safetensors" and ":" not in text:
         model = grokd.load_model(Path(text))
     else:
         arch, _, weights = text.partition(":")

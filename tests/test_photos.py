@@ -303,6 +303,8 @@ def test_spurious_imagenet_names_what_is_missing(spurious: Path, tmp_path: Path)
     grokd.write_file(tmp_path / "few.safetensors", save(few.plain_state(), description))
     with pytest.raises(Problem, match=r"has 5 classes, not ImageNet's 1,000"):
         program.load(str(tmp_path / "few.safetensors"))
+    with pytest.raises(Problem, match=r"none.safetensors cannot be read"):
+        program.load(str(tmp_path / "none.safetensors"))
 
 
 def test_spurious_imagenet_takes_a_plain_state_dict(tmp_path: Path) -> None:
