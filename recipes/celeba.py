@@ -32,7 +32,8 @@ paper; 20 is its framework's default for CelebA.
 
 Not run by us: no GPU was at hand. An estimate, from 1,500 images a second in training a ResNet-50
 and 5,000 a ResNet-18 (bfloat16, one A100): 15 hours for ten teachers, three for fifteen networks of
-students, two for the teachers' answers. Decoded images take 40 GB of disk.
+students, two for the teachers' answers. Decoded images take 40 GB of disk. Reading tables and
+folder takes two seconds of one core, measured on 202,599 made-up rows and empty files.
 """
 
 from collections.abc import Sequence

@@ -183,6 +183,8 @@ def write_attributes(args: argparse.Namespace) -> None:
     if target.resolve().parent != args.metadata.resolve().parent:
         raise Problem(f"--save {target}: image files are relative to the table, so it must lie in "
                       f"{args.metadata.parent}.")
+    if args.batch_size < 1:
+        raise Problem(f"--batch-size {args.batch_size}: at least 1.")
     if target.exists():
         raise Problem(f"{target} exists: delete it, or name another file with --save.")
     columns, rows = read_table(args.metadata, args.image_column)

@@ -16,12 +16,12 @@ place:
 The variant is the setting of ConfiG (Popp et al. 2025), whose full text was not at hand: landbirds
 on water and waterbirds on land are left out of training; validation, which refits heads, has 25 of
 each, and half of them refit. ConfiG reports WGA and the group mean; its figures on these data were
-not at hand either, nor AGRE-KD's, which has none. Settings are ours: those of recipes/waterbirds.py
+not at hand either, and AGRE-KD's paper has none. Settings are ours: those of recipes/waterbirds.py,
 with as many steps.
 
 Not run by us: no GPU was at hand. An estimate, from 1,500 images a second in training a ResNet-50
 and 5,000 a ResNet-18 (bfloat16, one A100): an hour for ten teachers, half of one for fifteen
-networks of students, half of one for the teachers' answers. Decoded images take 4.8 GB of disk.
+networks of students, half of one for the teachers' answers. Decoded images take 4.7 GB of disk.
 """
 
 import functools
@@ -43,7 +43,7 @@ SOURCE = (
 def read(root: Path, shifted: bool) -> Sequence[Row]:
     """Rows of the data set; `shifted`: without the two rare groups of training. Raises Problem for
     a missing or empty folder."""
-    folder = root if root.name == "spuco_birds" else root / "spuco_birds"
+    folder = root if root.resolve().name == "spuco_birds" else root / "spuco_birds"
     rows: list[Row] = []
     for split in SPLITS:
         for label, kind in enumerate(CLASSES):

@@ -145,6 +145,8 @@ def class_scores(spurious: Tensor, validation: Tensor, y: int) -> dict[str, Any]
 
 def score(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Scores per class, by model."""
+    if args.batch_size < 1:
+        raise Problem(f"--batch-size {args.batch_size}: at least 1.")
     spurious = spurious_images(args.root)
     validation = validation_images(args.imagenet, [*spurious])
     runtime = grokd.Runtime.start(args.precision)

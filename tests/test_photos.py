@@ -201,13 +201,15 @@ def write_spuco(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("variant", "train"), [("", [3, 2, 2, 3]), (":covariate-shift", [3, 0, 0, 3])])
 def test_spuco_birds_is_read_with_and_without_rare_groups(
-    tmp_path: Path, variant: str, train: list[int]
+    tmp_path: Path, variant: str, train: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_spuco(tmp_path)
     data = grokd.load_recipe(f"spuco_birds{variant}").data
     rows = grokd.read_rows(data, str(tmp_path))
     assert cells(rows) == {"train": train, "val": [4] * 4, "test": [4] * 4}
     assert grokd.read_rows(data, str(tmp_path / "spuco_birds")) == rows
+    monkeypatch.chdir(tmp_path / "spuco_birds")
+    assert len(grokd.read_rows(data, ".")) == len(rows)
     small = replace(data, size=8, crop=8, store=str(tmp_path / "store"))
     store = grokd.open_store(small, str(tmp_path))
     assert store.counts("train").tolist() == train
@@ -461,6 +463,7 @@ def test_clips_column_serves_as_attribute(images: Path, clip: Path) -> None:
 @pytest.mark.parametrize(("args", "told"), [
     (["--image-column", "file"], r"has no column 'file'; it has 'image', .*--image-column"),
     (["--attribute-column", "note"], r"row 2: column 'note' holds 'no. 0, kept', which is none"),
+    (["--batch-size", "0"], r"--batch-size 0: at least 1"),
     (["--save", "/elsewhere.csv"], r"must lie in"),
     (["--save", "metadata.csv"], r"metadata.csv exists"),
     (["--value", "land"], r"land, water, land: give two or more values, each once"),
