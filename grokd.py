@@ -364,8 +364,8 @@ class Teachers:
 
     # Teachers in the ensemble. AGRE-KD: 10, and 5 in its ablations. Cost grows in proportion.
     num_teachers: Annotated[Count, Mark.INERT] = 5
-    # Architecture, by torchvision's name or one of cnn2, resnet8, resnet8_gn (16 to 32 pixels).
-    # Several are dealt out in turn.
+    # Architecture, by torchvision's name or one of cnn2, resnet8, resnet8_gn (16 to 32 pixels), or
+    # clip:..., as recipes/clip_teacher.py prints it. Several are dealt out in turn.
     arch: tuple[str, ...] = ("resnet50",)
     # Initial weights: random, a name of torchvision's (DEFAULT, IMAGENET1K_V2 ...) or a file of
     # yours (.safetensors, .pth). Several are dealt out in turn. With --epochs 0 they stay.
@@ -2799,6 +2799,76 @@ SMALL: dict[str, Callable[[int], nn.Module]] = {
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads: unused
 
 
+class CLIPSizes(NamedTuple):
+    """Sizes of a CLIP's image tower."""
+
+    width: int
+    layers: int
+    patch: int  # side of a patch, in pixels
+    size: int  # side of an image
+    dim: int  # of the embeddings
+    heads: int = 0  # 0: one for each 64 of the width
+    mlp: int = 0  # width of a block's hidden layer; 0: four times the width
+    activation: str = "quick_gelu"  # OpenAI's, or gelu
+
+
+def clip_sizes(arch: str) -> CLIPSizes:
+    """The sizes that an architecture's name holds: clip:width=768,layers=12,patch=32,..."""
+    try:
+        values: dict[str, Any] = {}
+        for part in arch.removeprefix("clip:").split(","):
+            name, value = part.split("=")
+            values[name] = value if name == "activation" else int(value)
+        sizes = CLIPSizes(**values)
+        heads, mlp = sizes.heads or sizes.width // 64, sizes.mlp or 4 * sizes.width
+        if sizes.width % heads or sizes.activation not in ("quick_gelu", "gelu"):
+            raise ValueError
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise Problem(
+            f"Architecture {arch!r}: after clip: stand {', '.join(CLIPSizes._fields)} as "
+            "recipes/clip_teacher.py prints them."
+        ) from None
+    return sizes._replace(heads=heads, mlp=mlp)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's activation."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class CLIPTower(nn.Module):
+    """CLIP's image tower (Radford et al. 2021) under a linear head: [B, 3, S, S] -> [B, C].
+
+    Features are embeddings of unit length, so that a head of text embeddings times CLIP's logit
+    scale classifies as CLIP does.
+    """
+
+    def __init__(self, sizes: CLIPSizes, num_classes: int) -> None:
+        super().__init__()
+        width, self.image_size = sizes.width, sizes.size
+        self.conv = nn.Conv2d(3, width, sizes.patch, sizes.patch, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        num_tokens = (sizes.size // sizes.patch) ** 2 + 1
+        self.positions = nn.Parameter(width**-0.5 * torch.randn(num_tokens, width))
+        self.ln_pre = nn.LayerNorm(width)
+        activation = F.gelu if sizes.activation == "gelu" else quick_gelu
+        block = nn.TransformerEncoderLayer(
+            width, sizes.heads, sizes.mlp, 0.0, activation, batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(block, sizes.layers, enable_nested_tensor=False)
+        self.ln_post = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, sizes.dim, bias=False)
+        self.fc = nn.Linear(sizes.dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.conv(images).flatten(2).mT  # [B, P, width]
+        token = self.class_embedding.expand(patches.shape[0], 1, -1)
+        tokens = torch.cat([token, patches], 1) + self.positions
+        encoded = self.encoder(self.ln_pre(tokens))[:, 0]
+        embeddings = self.projection(self.ln_post(encoded)).to(self.positions.dtype)
+        return self.fc(F.normalize(embeddings, dim=-1))
+
+
 class Classifier(nn.Module):
     """A network with its normalisation, as a trunk (image -> features) and a linear head.
 
@@ -2888,6 +2958,8 @@ def plain_network(arch: str, num_classes: int) -> nn.Module:
     """The network as torchvision or we have it, randomly initialised from torch's generator."""
     if arch in SMALL:
         return SMALL[arch](num_classes)
+    if arch.startswith("clip:"):
+        return CLIPTower(clip_sizes(arch), num_classes)
     from torchvision import models
 
     choices = [*SMALL, *models.list_models(module=models)]
@@ -7667,11 +7739,21 @@ def overview() -> str:
     """What `--help` prints."""
     lines = [(__doc__ or "").partition("\nMap of this file")[0].strip(), "", "Commands:"]
     lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
-    lines += ["", "Recipes:"]
+    recipes, programs = list[str](), list[str]()
     for path in recipe_files():
-        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        lines.append(f"  {path.stem:<24}{doc.partition(chr(10))[0]}")
-    return "\n".join(lines)
+        source = ast.parse(path.read_text(encoding="utf-8"))
+        first_line = (ast.get_docstring(source) or "").partition("\n")[0]
+        kind = recipes if defines_recipe(source) else programs
+        kind.append(f"  {path.stem:<24}{first_line}")
+    lines += ["", "Recipes:", *recipes, "", "Programs beside them (python recipes/NAME.py --help):"]
+    return "\n".join([*lines, *programs])
+
+
+def defines_recipe(source: ast.Module) -> bool:
+    """Does a file of recipes/ define a recipe? The others are programs."""
+    assignments = (node for node in source.body if isinstance(node, ast.Assign | ast.AnnAssign))
+    names = (name for node in assignments for name in ast.walk(node) if isinstance(name, ast.Name))
+    return any(name.id == "recipe" and isinstance(name.ctx, ast.Store) for name in names)
 
 
 def recipe_files() -> list[Path]:
@@ -7694,7 +7776,9 @@ def load_recipe(name: str) -> Recipe:
         raise Problem(f"{path} has no recipe {variant!r}{suggest(variant, [*variants])}")
     recipe = variants[variant] if variant else getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
-        raise Problem(f"{path} defines no `recipe = Recipe(...)`.")
+        raise Problem(
+            f"{path} defines no `recipe = Recipe(...)`: if it is a program, call it by itself."
+        )
     check_recipe(recipe, path.name)
     return recipe
 
@@ -8061,10 +8145,10 @@ def group_table(store: Store) -> str:
     return table(header, rows)
 
 
-def main() -> None:
-    """Entry point: problems become one line and exit status 1."""
+def in_one_line(work: Callable[[], None]) -> None:
+    """Do the work; problems become one line and exit status 1. For programs of recipes/ too."""
     try:
-        command_line(sys.argv[1:])
+        work()
     except Problem as problem:
         sys.exit(f"error: {problem}")
     except BrokenPipeError:  # as in `--help | head`
@@ -8078,6 +8162,11 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
+
+
+def main() -> None:
+    """Entry point."""
+    in_one_line(lambda: command_line(sys.argv[1:]))
 
 
 if __name__ == "__main__":
