@@ -428,10 +428,11 @@ class Distill:
     """One student and how it learns."""
 
     # Weights of the teachers. agre: sample by sample, by how far a pull departs from the biased
-    # model's. departure: one weight a teacher, by how far its answers to the training images depart
-    # from the biased model's (ours). average: equal (AVER). random: one teacher a batch. ae-kd:
-    # their gradients' least common norm, once a batch. eb-kd: by certainty. ca-mkd: by agreement
-    # with the label. one-hot: no teachers, labels only. A recipe may give a function of its own.
+    # model's. departure: those alike whose answers to the training images depart from the biased
+    # model's, the others not at all (ours). average: equal (AVER). random: one teacher a batch.
+    # ae-kd: their gradients' least common norm, once a batch. eb-kd: by certainty. ca-mkd: by
+    # agreement with the label. one-hot: no teachers, labels only. A recipe may give a function of
+    # its own.
     weighting: Annotated[
         WeightingName | Callable[[Tensor, Ensemble, Batch], Tensor], NAMED_ON_COMMAND_LINE
     ] = "agre"
@@ -1028,18 +1029,29 @@ class Departures(NamedTuple):
     distance: Tensor  # mean of |p_t - p_b|^2, in 0..2
     disputed: Tensor  # the same, of images of which the two name different classes; nan if none
     accuracy: Tensor  # share of images that the teacher gets right
+    skill: Tensor  # of held-out images, see `skill_of`
+    merit: Tensor  # see `measure_departures`
     weights: Tensor  # of `departure`, shares that sum to 1
 
 
-def measure_departures(blocks: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Departures:
+def skill_of(predicted: Tensor, labels: Tensor) -> Tensor:
+    """Mean recall of the classes above chance, 0..1 [M], of classes predicted [M, N] (ours)."""
+    recalls = [(predicted[:, labels == y] == y).double().mean(1) for y in labels.unique()]
+    chance = 1 / len(recalls)
+    return ((torch.stack(recalls).mean(0) - chance) / (1 - chance)).clamp(min=0)
+
+
+def measure_departures(
+    blocks: Iterator[tuple[Tensor, Tensor, Tensor]], skill: Tensor
+) -> Departures:
     """Departure of teachers from the biased model, over blocks of logits and labels (ours).
 
-    A block: teachers [M, b, C], biased [b, C], labels [b]. The weight of a teacher is the mean of
+    A block: teachers [M, b, C], biased [b, C], labels [b]. A teacher's merit is the mean of
     |softmax(z_t) - softmax(z_b)|^2 at temperature 1, counted where its argmax is the label, times
-    its skill, the mean recall of the classes above chance, 0..1; so that a teacher who is merely
-    wrong, or unsure of everything, gains nothing. Without any departure all are alike.
+    its skill [M]; so that one who is merely wrong, or unsure of everything, gains nothing. Teachers
+    of under a tenth of the greatest merit are left out, the others count alike.
     """
-    distance = counted = disputed = disputes = hits = sizes = torch.zeros(())
+    distance = counted = disputed = disputes = hits = torch.zeros(())
     total = 0
     for teachers, biased, labels in blocks:
         p_t = F.softmax(bounded_logits(teachers.double()), -1)
@@ -1047,26 +1059,20 @@ def measure_departures(blocks: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Depar
         gap = (p_t - p_b).square().sum(-1)  # [M, b]
         right = teachers.argmax(-1) == labels
         differs = teachers.argmax(-1) != biased.argmax(-1)
-        is_class = F.one_hot(labels, teachers.shape[-1]).double()  # [b, C]
         distance = distance + gap.sum(1)
         counted = counted + torch.where(right, gap, 0).sum(1)
         disputed = disputed + torch.where(differs, gap, 0).sum(1)
         disputes = disputes + differs.sum(1)
-        hits = hits + right.double() @ is_class  # [M, C]
-        sizes = sizes + is_class.sum(0)
+        hits = hits + right.sum(1)
         total += len(labels)
-    present = sizes > 0
-    chance = 1 / present.sum()
-    recall = (hits[:, present] / sizes[present]).mean(1)
-    skill = ((recall - chance) / (1 - chance)).clamp(min=0)
-    weights = counted / total * skill
-    alike = torch.full_like(weights, 1 / len(weights))
-    weights = torch.where(weights.sum() > 0, weights / weights.sum().clamp(min=1e-300), alike)
-    return Departures(distance / total, disputed / disputes, hits.sum(1) / total, weights)
+    merit = counted / total * skill.to(counted)
+    kept = (merit >= 0.1 * merit.max()).double()
+    shares = kept / kept.sum()
+    return Departures(distance / total, disputed / disputes, hits / total, skill, merit, shares)
 
 
 def departure(student: Tensor, ensemble: Ensemble, batch: Batch) -> Tensor:
-    """One weight a teacher for the whole training, by its departure from the biased model (ours).
+    """The teachers that depart from the biased model alike, the others not at all (ours).
 
     It needs no group label: teachers that are as biased as the biased model hardly depart from it.
     """
@@ -3232,11 +3238,15 @@ def predict(
     return runtime.sum(logits.to(runtime.device)).cpu()
 
 
+def choosing_part(store: Store) -> np.ndarray:
+    """The selection part of validation, or all of it where no part is left."""
+    indices = store.split("selection")
+    return indices if len(indices) else store.split("val")
+
+
 def validate(model: Classifier, store: Store, runtime: Runtime) -> dict[str, Any]:
     """Group scores on the selection part of validation (all of it where no part is left)."""
-    indices = store.split("selection")
-    if not len(indices):
-        indices = store.split("val")
+    indices = choosing_part(store)
     predicted = predict([model], store, indices, runtime)[0].argmax(-1).numpy()
     correct = predicted == store.labels[indices]
     return group_scores(correct, store.groups[indices], store.counts("train"))
@@ -3454,18 +3464,23 @@ class Targets:
 
     def measure(self) -> Departures:
         """The teachers' departures from the biased model, over the first view of the training
-        images: a function of the cache alone."""
+        images, and their skill on the selection part of validation (all of it where no part is
+        left)."""
         self.prepare(0)
-        labels = torch.from_numpy(self.store.labels[self.indices])
+        labels = torch.from_numpy(self.store.labels)
+        held_out = choosing_part(self.store)
+        answers = predict(self.models[: self.num_teachers], self.store, held_out, self.runtime)
+        skill = skill_of(answers.argmax(-1), labels[held_out])
 
         def blocks() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for start in range(0, len(labels), BLOCK):
-                positions = np.arange(start, min(start + BLOCK, len(labels)))
+            for start in range(0, len(self.indices), BLOCK):
+                positions = np.arange(start, min(start + BLOCK, len(self.indices)))
                 teachers, biased = self._divide(self.logits(positions))
                 assert biased is not None
-                yield teachers, biased, upload(labels[positions], teachers.device)
+                of_block = labels[self.indices[positions]]
+                yield teachers, biased, upload(of_block, teachers.device)
 
-        return measure_departures(blocks())
+        return measure_departures(blocks(), skill)
 
     def logits(self, positions: np.ndarray) -> Tensor:
         """Logits [M, b, C] of places in the training set, on the device."""
@@ -4691,21 +4706,25 @@ def frozen_targets(student: Distill, store: Store, ctx: Context, runtime: Runtim
 def teacher_rows(ctx: Context, student: Distill) -> list[dict[str, Any]]:
     """Each of a student's teachers with its departure from the biased model, on training images.
 
-    All processes take part. A teacher is called biased if it departs by under a tenth of what the
-    one that departs most does (ours).
+    All processes take part. A teacher that `departure` leaves out is called biased if it departs by
+    under a tenth of what the one kept that departs most does (ours).
     """
     compared = replace(student, weighting="departure", gamma=(0.0,))
     targets = frozen_targets(compared, ctx.store, ctx, ctx.runtime.together())
-    distance, disputed, accuracy, weights = (each.tolist() for each in targets.measure())
+    found = targets.measure()
+    farthest = found.distance[found.weights > 0].max()
+    biased = (found.weights == 0) & (found.distance < 0.1 * farthest)
     rows = []
     for i, artefact in enumerate(ctx.ensemble(student)):
+        disputed = float(found.disputed[i])
         rows.append({
             "name": artefact.name,
-            "departure": distance[i],
-            "disputed": None if math.isnan(disputed[i]) else disputed[i],
-            "accuracy": 100 * accuracy[i],
-            "weight": weights[i],
-            "biased": distance[i] < 0.1 * max(distance),
+            "departure": float(found.distance[i]),
+            "disputed": None if math.isnan(disputed) else disputed,
+            "accuracy": 100 * float(found.accuracy[i]),
+            "skill": float(found.skill[i]),
+            "weight": float(found.weights[i]),
+            "biased": bool(biased[i]),
         })
     return rows
 
@@ -4737,9 +4756,11 @@ def departure_table(teachers: Sequence[Mapping[str, Any]]) -> str:
     for row in teachers:
         disputed = "–" if row["disputed"] is None else f"{row['disputed']:.4f}"
         cells = [row["name"], f"{row['departure']:.4f}", disputed, f"{row['accuracy']:.1f}"]
-        note = "as biased as the biased model" if row["biased"] else ""
-        lines.append([*cells, f"{row['weight']:.3f}", note])
-    header = ["teacher", "departure", "where they disagree", "accuracy", "weight", ""]
+        note = "" if row["weight"] else "too often wrong where it departs"
+        if row["biased"]:
+            note = "as biased as the biased model"
+        lines.append([*cells, f"{row['skill']:.2f}", f"{row['weight']:.3f}", note])
+    header = ["teacher", "departure", "where they disagree", "accuracy", "skill", "weight", ""]
     return table(header, lines)
 
 

@@ -9,10 +9,17 @@ refitted one (trained once). `where_it_pays:bad-teacher` has all refitted, for a
 teacher was spoilt.
 
 Students of one ensemble share what its teachers learnt, so the published table has an ensemble for
-every seed; settings are those of the digits recipe, nothing was tuned:
+every seed; settings are those of the digits recipe:
 
-    python recipes/measured/ensembles.py where_it_pays --save recipes/measured/where_it_pays.json
+    python recipes/measured/ensembles.py where_it_pays --seeds 200 210 220 230 240 250 260 270 \
+        280 290 --save recipes/measured/where_it_pays.json
     python recipes/measured/gains.py summary
+
+`where_it_pays:rules` has other rules for what a teacher's merit makes of its weight. Departure's
+was chosen among them by the selection part, with other seeds than the table's:
+
+    python recipes/measured/ensembles.py where_it_pays:rules --seeds 100 110 120 \
+        --save recipes/measured/where_it_pays_rules.json
 
 `where_it_pays:colored_mnist` is the same on coloured MNIST, 98 % aligned, with three shares; it
 wants --root.
@@ -20,12 +27,35 @@ wants --root.
 
 from dataclasses import replace
 
+import torch
 from colored_mnist import recipe as colored_mnist
 from digits import recipe as digits
 
-from grokd import Distill, Eval
+from grokd import Batch, Distill, Ensemble, Eval, agre_weights
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def proportional(student: torch.Tensor, ensemble: Ensemble, batch: Batch) -> torch.Tensor:
+    """Weights in proportion to merit."""
+    assert ensemble.departures is not None
+    merit = ensemble.departures.merit.to(student.device)
+    return merit[:, None].expand(ensemble.teachers.shape[:2])
+
+
+def root(student: torch.Tensor, ensemble: Ensemble, batch: Batch) -> torch.Tensor:
+    """The root of merit, of those that departure keeps."""
+    assert ensemble.departures is not None
+    merit, kept = ensemble.departures.merit, ensemble.departures.weights > 0
+    return (merit.sqrt() * kept).to(student.device)[:, None].expand(ensemble.teachers.shape[:2])
+
+
+def then_agre(student: torch.Tensor, ensemble: Ensemble, batch: Batch) -> torch.Tensor:
+    """AGRE, half shrunk to equal weights, of those that departure keeps."""
+    assert ensemble.departures is not None and ensemble.biased is not None
+    kept = (ensemble.departures.weights > 0).to(student.device)
+    agre = agre_weights(student, ensemble.teachers, ensemble.biased, batch.settings.tau)
+    return kept[:, None] * (0.5 * agre + 0.5)
 
 
 def students(student: Distill, shares: tuple[float, ...]) -> dict[str, Distill]:
@@ -46,6 +76,22 @@ def students(student: Distill, shares: tuple[float, ...]) -> dict[str, Distill]:
     return plain | refitted
 
 
+def rules(student: Distill) -> dict[str, Distill]:
+    """Rules to choose among, with some shares of refitted teachers."""
+    weightings = {
+        "average": replace(student, weighting="average"),
+        "agre": student,
+        "departure": replace(student, weighting="departure"),
+        "proportional": replace(student, weighting=proportional),
+        "root": replace(student, weighting=root),
+        "then-agre": replace(student, weighting=then_agre),
+    }
+    return {
+        f"{name}-{share}": replace(weighted, dfr_share=share)
+        for share in (0.2, 0.4, 0.6, 1.0) for name, weighted in weightings.items()
+    }
+
+
 recipe = replace(
     digits,
     students=students(digits.students["agre"], SHARES),
@@ -53,6 +99,9 @@ recipe = replace(
 )
 recipes = {
     "digits": recipe,
+    "rules": replace(
+        recipe, students=rules(digits.students["agre"]), eval=Eval("selection", "average-1.0")
+    ),
     "bad-teacher": replace(recipe, students=students(digits.students["agre"], (1.0,))),
     "colored_mnist": replace(
         colored_mnist,

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,22 +20,27 @@ import grokd
 from grokd import Classifier, Departures, Problem, Runtime, Store, Targets
 
 
-def measured(teachers: Tensor, biased: Tensor, labels: Tensor, size: int = 1000) -> Departures:
+def measured(
+    teachers: Tensor, biased: Tensor, labels: Tensor, skill: Tensor, size: int = 1000
+) -> Departures:
     parts = range(0, len(labels), size)
     return grokd.measure_departures(
-        (teachers[:, i : i + size], biased[i : i + size], labels[i : i + size]) for i in parts)
+        ((teachers[:, i : i + size], biased[i : i + size], labels[i : i + size]) for i in parts),
+        skill)
 
 
 @pytest.mark.parametrize("classes", [2, 10])
 def test_departure_equals_the_slow_formula(classes: int) -> None:
     torch.manual_seed(classes)
-    teachers, biased = 3 * torch.randn(4, 50, classes), 3 * torch.randn(50, classes)
+    teachers, biased = 3 * torch.randn(5, 50, classes), 3 * torch.randn(50, classes)
     labels = torch.randint(classes, (50,))
     teachers[0] += 9 * torch.nn.functional.one_hot(labels, classes)  # one who is good
-    ours = measured(teachers, biased, labels)
-    weights = []
-    for t in range(4):
-        counted, recall = 0.0, []
+    teachers[1] = biased + 0.1 * torch.randn(50, classes)  # one who is as biased
+    skill = torch.tensor([0.9, 0.8, 0.5, 0.02, 0.0]).double()
+    ours = measured(teachers, biased, labels, skill)
+    merits = []
+    for t in range(5):
+        counted = 0.0
         gaps, disputed = [], []
         for i in range(50):
             p_t, p_b = (z.double().softmax(-1) for z in (teachers[t, i], biased[i]))
@@ -43,23 +50,39 @@ def test_departure_equals_the_slow_formula(classes: int) -> None:
                 counted += gap / 50
             if int(p_t.argmax()) != int(p_b.argmax()):
                 disputed.append(gap)
-        for y in range(classes):
-            of_class = [int(teachers[t, i].argmax()) == y for i in range(50) if labels[i] == y]
-            if of_class:
-                recall.append(sum(of_class) / len(of_class))
-        chance = 1 / len(recall)
-        weights.append(counted * max(0, (sum(recall) / len(recall) - chance) / (1 - chance)))
+        merits.append(counted * float(skill[t]))
         assert float(ours.distance[t]) == pytest.approx(sum(gaps) / 50)
-        assert float(ours.disputed[t]) == pytest.approx(sum(disputed) / len(disputed))
-    assert ours.weights.tolist() == pytest.approx([w / sum(weights) for w in weights])
-    blocks = measured(teachers, biased, labels, size=7)
+        if disputed:
+            assert float(ours.disputed[t]) == pytest.approx(sum(disputed) / len(disputed))
+    kept = [merit >= 0.1 * max(merits) for merit in merits]
+    assert kept[0] and not kept[1] and not kept[4]
+    assert ours.merit.tolist() == pytest.approx(merits)
+    assert ours.weights.tolist() == pytest.approx([each / sum(kept) for each in kept])
+    blocks = measured(teachers, biased, labels, skill, size=7)
     for a, b in zip(ours, blocks, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@given(st.data())
+def test_skill_is_recall_above_chance(data: st.DataObject) -> None:
+    classes = data.draw(st.integers(2, 4))
+    label = st.integers(0, classes - 1)
+    labels = data.draw(st.lists(label, min_size=1, max_size=20).filter(lambda y: len({*y}) > 1))
+    size = len(labels)
+    predicted = data.draw(st.lists(label, min_size=size, max_size=size))
+    skill = grokd.skill_of(torch.tensor([predicted, labels]), torch.tensor(labels))
+    recalls = [
+        sum(p == y == c for p, y in zip(predicted, labels, strict=True)) / labels.count(c)
+        for c in {*labels}
+    ]
+    chance = 1 / len(recalls)
+    expected = (sum(recalls) / len(recalls) - chance) / (1 - chance)
+    assert skill.tolist() == pytest.approx([max(0, expected), 1])
 
 
 def test_teachers_that_are_the_biased_model_count_alike() -> None:
     biased, labels = torch.randn(20, 3), torch.arange(20) % 3
-    same = measured(biased.expand(4, 20, 3), biased, labels)
+    same = measured(biased.expand(4, 20, 3), biased, labels, torch.ones(4))
     assert same.weights.tolist() == [0.25] * 4
     assert torch.isnan(same.disputed).all()  # they disagree nowhere
 
@@ -97,18 +120,16 @@ def ensemble(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Runtime, 
     return store, runtime, models
 
 
-def test_bad_teachers_get_less_than_a_fair_share(
+def test_bad_teachers_and_biased_ones_are_left_out(
     ensemble: tuple[Store, Runtime, list[Classifier]]
 ) -> None:
     store, runtime, models = ensemble
     found = Targets(models, 5, store, {"of": "five"}, runtime, 0).measure()
-    distance, weights = found.distance.tolist(), found.weights.tolist()
-    assert min(distance[3:]) > max(distance[:3])  # their answers are far from the biased model's
-    assert weights[3] < 0.05 and weights[4] < 0.05  # a fair share is .2
-    assert min(weights[:3]) > 0.2
+    assert min(found.distance[3:]) > max(found.distance[:3])  # their answers are far from b's
+    assert found.weights.tolist() == pytest.approx([1 / 3] * 3 + [0, 0])
     plain = digits_model(store, store.labels[store.split("train")], 6, 10)  # as biased as it
     mixed = Targets([*models[:2], plain, models[5]], 3, store, {"of": "three"}, runtime, 0)
-    assert mixed.measure().weights[2] < 0.1 < min(mixed.measure().weights[:2])
+    assert mixed.measure().weights.tolist() == [0.5, 0.5, 0]
 
 
 def test_cached_departure_is_that_of_the_networks_themselves(
@@ -120,7 +141,11 @@ def test_cached_departure_is_that_of_the_networks_themselves(
     train = store.split("train")
     images = store.view(train, torch.device("cpu"), 0)
     logits = torch.stack([model(images) for model in models])
-    online = measured(logits[:5], logits[5], torch.from_numpy(store.labels[train]))
+    selection = store.split("selection")
+    held_out = store.view(selection, torch.device("cpu"))
+    answers = torch.stack([model(held_out).argmax(-1) for model in models[:5]])
+    skill = grokd.skill_of(answers, torch.from_numpy(store.labels[selection]))
+    online = measured(logits[:5], logits[5], torch.from_numpy(store.labels[train]), skill)
     for a, b in zip(cached, online, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 

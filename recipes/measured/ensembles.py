@@ -3,7 +3,7 @@
     python recipes/measured/ensembles.py digits_ablation [--seeds 0 10 20 30 40] [--save FILE.json]
 
 Students of one ensemble share what its teachers happened to learn, so the spread over student seeds
-alone says too little. Here every run has its own teachers, biased model and student seed. Runs
+alone says too little. Here every run has its own teachers, biased model and student seeds. Runs
 stand under runs/ensembles/RECIPE/SEED and are gone on with; --save also draws FILE.png.
 """
 
@@ -19,12 +19,14 @@ sys.path.insert(0, str(ROOT))
 import grokd  # noqa: E402
 
 
-def run(recipe: str, seed: int, root: str) -> dict[str, Any]:
-    """results.json of an ensemble with teachers from `seed` on and a biased model of its own."""
+def run(recipe: str, seed: int, students: int, root: str) -> dict[str, Any]:
+    """results.json of an ensemble with teachers and students from `seed` on and a biased model of
+    its own."""
     out = Path("runs/ensembles") / recipe.replace(":", "-") / str(seed)
+    seeds = [str(seed + i) for i in range(students)]
     grokd.command_line([
         "run", recipe, "--teachers.seed", str(seed), "--bias-model.seed", f"1{seed:03d}",
-        "--seeds", str(seed), "--root", root, "--out", str(out),
+        "--seeds", *seeds, "--root", root, "--out", str(out),
     ])
     return json.loads((out / "results.json").read_text())
 
@@ -50,11 +52,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 10, 20, 30, 40])
+    parser.add_argument("--students", type=int, default=1, help="seeds of students, each ensemble")
     parser.add_argument("--root", default=".")
     parser.add_argument("--save", type=Path, help="write the merged results as JSON")
     args = parser.parse_args()
     about = grokd.origin()
-    merged = merge([run(args.recipe, seed, args.root) for seed in args.seeds])
+    merged = merge([run(args.recipe, seed, args.students, args.root) for seed in args.seeds])
     merged["about"] |= about
     print(grokd.report(merged))
     if args.save:
