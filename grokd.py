@@ -61,6 +61,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import resource
@@ -344,6 +345,9 @@ class Teachers:
     # Initial weights: random, a name of torchvision's (DEFAULT, IMAGENET1K_V2 ...) or a file of
     # yours (.safetensors, .pth). Several are dealt out in turn. With --epochs 0 they stay.
     weights: Annotated[tuple[str, ...], Mark.CONTENT] = ("DEFAULT",)
+    # Teachers that are finished, by number: their weights stay, only their heads are refitted. The
+    # classes of such a file are those of the data, in their order.
+    finished: Annotated[tuple[Natural, ...], Mark.INERT] = ()
     seed: Natural = 0  # Seed of the first teacher; teacher i has seed + i.
     dfr: Annotated[DFR, Mark.HEAD] = DFR()  # How heads are refitted.
     input: Annotated[Input, FLAT] = Input()
@@ -353,7 +357,8 @@ class Teachers:
         """The section of teacher i alone: its architecture, initial weights and seed."""
         arch = self.arch[i % len(self.arch)]
         weights = self.weights[i % len(self.weights)]
-        return replace(self, arch=(arch,), weights=(weights,), seed=self.seed + i)
+        train = replace(self.train, epochs=0) if i in self.finished else self.train
+        return replace(self, arch=(arch,), weights=(weights,), seed=self.seed + i, train=train)
 
 
 @dataclass(frozen=True)
@@ -2512,6 +2517,9 @@ SMALL: dict[str, Callable[[int], nn.Module]] = {
     "resnet8_gn": lambda num_classes: ResNet8(num_classes, lambda width: nn.GroupNorm(8, width)),
 }
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads: unused
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")
+# Keys of torchvision's own DenseNet weights, which it renames as it loads them.
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 class Classifier(nn.Module):
@@ -2578,14 +2586,22 @@ class Classifier(nn.Module):
         return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
 
     def load_plain(self, state: Mapping[str, Tensor], source: str, any_head: bool = False) -> bool:
-        """Load such a state dict, strictly. With `any_head`, a classification layer for another
-        number of classes is left as it was; returns whether the head was loaded."""
+        """Load such a state dict, strictly; returns whether its head was loaded.
+
+        With `any_head` it may be another's: keys under a prefix, a head that is missing or for
+        other classes. The head is then left as it was.
+        """
         state, present = dict(state), self.plain_state()
-        heads = (f"{self.head_path}.", *AUXILIARY)
-        shared = [key for key in present if key.startswith(heads) and key in state]
-        fits = all(state[key].shape == present[key].shape for key in shared)
-        if not fits and any_head:
-            state |= {key: present[key] for key in shared}
+        fits = True
+        if any_head:
+            state = without_prefix(state, [*present], source)
+            heads = (f"{self.head_path}.", *AUXILIARY)
+            left = {key: value for key, value in present.items() if key.startswith(heads)}
+            fits = all(key in state for key in left if not key.startswith(AUXILIARY))
+            fits &= all(state[key].shape == left[key].shape for key in left if key in state)
+            if not fits:
+                state = {key: value for key, value in state.items() if not key.startswith(heads)}
+            state = {**left, **state}
         prefix = f"{self.head_path}."
         nested = {}
         for key, value in state.items():
@@ -2612,16 +2628,19 @@ def plain_network(arch: str, num_classes: int) -> nn.Module:
     return models.get_model(arch, weights=None, num_classes=num_classes, **extra)
 
 
-def build_model(arch: str, weights: str, num_classes: int, input: Input, seed: int) -> Classifier:
+def build_model(
+    arch: str, weights: str, num_classes: int, input: Input, seed: int, as_it_is: str = ""
+) -> Classifier:
     """A classifier with its initial weights: random, torchvision's by name, or from a file.
 
-    Weights for another number of classes keep their trunk and get a fresh head.
+    Weights without a head for these classes keep their trunk and get a fresh one; a Problem if the
+    network is to be used `as_it_is`, where this says by what.
     """
     torch.manual_seed(seed)
     if weights == "random":
         return Classifier(arch, num_classes, input)
     state: Mapping[str, Tensor]
-    if Path(weights).suffix in (".safetensors", ".pth", ".pt"):
+    if Path(weights).suffix in WEIGHTS_FILES:
         state, metadata = read_weights(Path(weights))
         if "input" in metadata:
             stored = stored_input(metadata)
@@ -2632,8 +2651,30 @@ def build_model(arch: str, weights: str, num_classes: int, input: Input, seed: i
         input = replace(input, mean=mean, std=std)
     model = Classifier(arch, num_classes, input)
     if not model.load_plain(state, weights, any_head=True):
-        say(f"{weights}: its head is for other classes, so {arch} starts with a random one")
+        if as_it_is:
+            raise Problem(
+                f"{weights} has no head for {num_classes} classes, and {as_it_is} as it is: name a "
+                "file with such a head, or train it (epochs)."
+            )
+        say(f"warning: {weights} has no head for {num_classes} classes: {arch}'s is random")
     return model
+
+
+def without_prefix(
+    state: Mapping[str, Tensor], present: Sequence[str], source: str
+) -> dict[str, Tensor]:
+    """A state dict under the keys of a plain network, `present`: what wrappers put before them
+    (module., model., backbone. ...) is cut off, whatever it is, and what lies elsewhere left out.
+    """
+    state = {OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+    ends = [key for key in state if key.endswith(f".{present[0]}")]
+    prefixes = ["", *sorted(key.removesuffix(present[0]) for key in ends)]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in present))
+    outside = [key for key in state if not key.startswith(prefix)]
+    if outside:
+        more = ", ..." if len(outside) > 3 else ""
+        say(f"{source}: left out is what is not under {prefix} ({', '.join(outside[:3])}{more})")
+    return {k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)}
 
 
 def torchvision_weights(arch: str, name: str) -> tuple[Mapping[str, Tensor], Triple, Triple]:
@@ -2679,13 +2720,33 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = read_metadata(path)
         return load_file(path), metadata
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zipfile's and torch's own, without a common base
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to trust the file
+            reason = "it is damaged, or holds pickled code, which is not run"
         raise Problem(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): it must exist and hold a "
-            "state_dict() alone."
+            f"{path} cannot be read ({reason}): it must exist and hold a state_dict() alone."
         ) from error
-    return state.get("state_dict", state), {}
+    return inner_state(content, path), {}
+
+
+def inner_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in what a training program saved: all of it, or under state_dict or model."""
+    while isinstance(content, Mapping):
+        parts = [content.get(key) for key in ("state_dict", "model")]
+        inner = next((part for part in parts if isinstance(part, Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    entries = content if isinstance(content, Mapping) else {}
+    tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
+    if not tensors:
+        keys = ", ".join(map(str, entries))[:200] or "something else"
+        raise Problem(
+            f"{path} holds no state dict, alone or under state_dict or model, but {keys}."
+        )
+    return tensors
 
 
 def stored_input(metadata: Mapping[str, str]) -> Input:
@@ -4109,8 +4170,10 @@ def train_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
     section, artefact = ctx.recipe.teachers.of(i), ctx.teacher(i, "erm")
 
     def build(missing: list[Artefact]) -> None:
+        users = [] if section.train.epochs else users_of(artefact, ctx)
         model = build_model(
-            section.arch[0], section.weights[0], ctx.store.num_classes, section.input, section.seed
+            section.arch[0], section.weights[0], ctx.store.num_classes, section.input, section.seed,
+            f"{', '.join(users)} would use teacher {i}" if users else "",
         )
         job = Job(
             artefact, model, section, section.train, ctx.store, section.seed, label_losses
@@ -4145,7 +4208,8 @@ def run_bias_model(ctx: Context) -> None:
                 copy_parent(artefact, ctx)
             return
         model = build_model(
-            section.arch, section.weights, ctx.store.num_classes, section.input, section.seed
+            section.arch, section.weights, ctx.store.num_classes, section.input, section.seed,
+            "" if section.train.epochs else "students would depart from this network",
         )
         losses = gce_losses if section.kind == "gce" else label_losses
         job = Job(artefact, model, section, section.train, ctx.store, section.seed, losses)
@@ -4200,7 +4264,11 @@ def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> 
         weights = student.weights
         if student.start:
             weights = str(ctx.require(ctx.student(student.start, seed)))
-        model = build_model(student.arch, weights, store.num_classes, student.input, seed)
+        kept = [name for name in names if ctx.students[name].head == "own"]
+        model = build_model(
+            student.arch, weights, store.num_classes, student.input, seed,
+            f"{', '.join(kept)} would be it" if kept and not student.train.epochs else "",
+        )
         job = Job(first, model, student, student.train, store, seed, label_losses)
         if student.has_teachers:
             targets = frozen_targets(student, store, ctx, runtime)
@@ -4222,6 +4290,14 @@ def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> 
 def frozen_networks(student: Distill, ctx: Context) -> list[Artefact]:
     """What a student learns from: its teachers, then the biased model if it is compared with."""
     return ctx.ensemble(student) + (ctx.biased() if student.has_biased else [])
+
+
+def users_of(network: Artefact, ctx: Context) -> list[str]:
+    """The students that learn from a network, or compare with it, under the head it has."""
+    return [
+        name for name, student in ctx.students.items()
+        if network.path in [artefact.path for artefact in frozen_networks(student, ctx)]
+    ]
 
 
 def frozen_targets(student: Distill, store: Store, ctx: Context, runtime: Runtime) -> Targets:
@@ -5992,6 +6068,12 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
         if i >= teachers.num_teachers:
             raise Problem(
                 f"{name}: bias_model.teacher = {i}, but there are {teachers.num_teachers} "
+                "teachers, counted from 0."
+            )
+    for i in teachers.finished:
+        if i >= teachers.num_teachers:
+            raise Problem(
+                f"{name}: teachers.finished names {i}, but there are {teachers.num_teachers} "
                 "teachers, counted from 0."
             )
     for key in recipe.students.keys() & recipe.augments.keys():
