@@ -1,12 +1,17 @@
 """Networks of others: any state dict of torchvision's, timm's networks, mixed ensembles."""
 
+import itertools
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision import models
@@ -16,6 +21,7 @@ from grokd import Input, Problem
 
 Grokd = Callable[..., str]
 
+IMAGENET = Input()
 PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -24,12 +30,11 @@ def plain_resnet(num_classes: int = 2) -> nn.Module:
     return models.resnet18(num_classes=num_classes).eval()
 
 
-def answers(network: nn.Module, mean: Any = grokd.IMAGENET_MEAN, std: Any = grokd.IMAGENET_STD
-            ) -> Tensor:
+def answers(network: nn.Module, input: Input = IMAGENET, images: Tensor = PIXELS) -> Tensor:
     """Logits of a plain network, which knows no normalisation."""
-    mean, std = (torch.tensor(each)[:, None, None] for each in (mean, std))
+    mean, std = (torch.tensor(each)[:, None, None] for each in (input.mean, input.std))
     with torch.no_grad():
-        return network.eval()((PIXELS - mean) / std)
+        return network.eval()((images - mean) / std)
 
 
 def build(file: Path, arch: str = "resnet18", **more: Any) -> grokd.Classifier:
@@ -197,3 +202,232 @@ def test_finished_names_a_teacher_that_is_there(images: Path) -> None:
     recipe = edited(images, "brought.py", (TWO_TEACHERS, BROUGHT.replace("(0,)", "(2,)")))
     with pytest.raises(Problem, match=r"teachers\.finished names 2, but there are 2 teachers"):
         grokd.load_recipe(str(images / recipe))
+
+
+# timm's networks
+
+
+@pytest.fixture
+def timm() -> Any:
+    return pytest.importorskip("timm", reason="timm is not installed: use --all-extras")
+
+
+NORMALISED = {"test_vit": 0.5, "test_convnext2": 0.5, "test_efficientnet": 0.485}
+NETWORKS = pytest.mark.parametrize("name", NORMALISED)
+
+
+def timm_model(name: str, **more: Any) -> grokd.Classifier:
+    return grokd.build_model(f"timm:{name}", "random", 3, Input(**more), seed=0).eval()
+
+
+@NETWORKS
+def test_timm_network_is_the_plain_one_and_loads_as_one(
+    name: str, timm: Any, tmp_path: Path
+) -> None:
+    """Trunk and head, folded or not, and the saved file by timm's own loading code."""
+    model, file = timm_model(name, input_size=160), tmp_path / "model.safetensors"
+    save_file(model.plain_state(), file)
+    plain = timm.create_model(name, num_classes=3, checkpoint_path=str(file))
+    images = torch.rand(2, 3, 160, 160)
+    expected = answers(plain, model.input, images)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected)
+        torch.testing.assert_close(grokd.fold(model)(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@NETWORKS
+def test_pooled_features_of_timms_networks_are_its_pre_logits(name: str, timm: Any) -> None:
+    model, images = timm_model(name, input_size=160), torch.rand(2, 3, 160, 160)
+    plain = timm.create_model(name, num_classes=3).eval()
+    plain.load_state_dict(model.plain_state())
+    with torch.no_grad():
+        trunk = plain.forward_features((images - model.mean) / model.std)
+        expected = plain.forward_head(trunk, pre_logits=True)
+        torch.testing.assert_close(model.features(images), expected)
+
+
+@NETWORKS
+def test_weights_bring_timms_normalisation_and_size(
+    name: str, timm: Any, tmp_path: Path
+) -> None:
+    """Downloaded ones or a file; a size in the recipe, and what grokd wrote, come first."""
+    torch.manual_seed(1)
+    file = tmp_path / "a.pth"
+    torch.save({"state_dict": timm.create_model(name, num_classes=2).state_dict()}, file)
+    config = build(file, f"timm:{name}").input
+    assert (config.input_size, config.mean[0]) == (160, NORMALISED[name])
+    assert grokd.timm_input(f"timm:{name}", "DEFAULT", Input(96)).input_size == 96
+    fixed = 160 if name == "test_vit" else 0  # a random one has no images that it knows
+    assert timm_model(name).input == Input(input_size=fixed)
+
+
+def test_timms_own_weights_by_its_own_code(
+    timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the hub's download cache filled beforehand; without, a line that says what to do."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(Problem, match=r"DEFAULT of timm:test_vit could not be fetched .* weights"):
+        grokd.build_model("timm:test_vit", "DEFAULT", 2, Input(), 0)
+    plain = timm.create_model("test_vit")
+    hub = tmp_path / "models--timm--test_vit.r160_in1k"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0" * 40)
+    (hub / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(plain.state_dict(), hub / "snapshots" / ("0" * 40) / "model.safetensors")
+    model = grokd.build_model("timm:test_vit", "DEFAULT", 2, Input(), 0)
+    state = model.plain_state()
+    assert torch.equal(state["blocks.0.attn.qkv.weight"], plain.blocks[0].attn.qkv.weight)
+    assert model.input == Input(160, (0.5,) * 3, (0.5,) * 3)
+    assert model.head.weight.shape == (2, 64)
+
+
+@pytest.mark.parametrize("arch, weights, told", [
+    ("timm:convnextv2_tny", "random", r"timm has no 'convnextv2_tny'; did you mean timm:convn"),
+    ("timm:resnet50.a1_in2k", "random", r"'resnet50.a1_in2k'; did you mean timm:resnet50.a\d_in1k"),
+    ("timm:test_vit", "IMAGENET1K_V1", r"no weights 'IMAGENET1K_V1': give DEFAULT, random or a f"),
+    ("timm:resnet10t", "r10", r"no weights 'r10'"),
+    ("timm:deit_tiny_distilled_patch16_224", "random", "does not end in a linear layer"),
+])
+def test_what_timm_lacks_is_one_line(arch: str, weights: str, told: str, timm: Any) -> None:
+    with pytest.raises(Problem, match=told) as caught:
+        grokd.build_model(arch, weights, 2, Input(), 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(Problem, match=r"timm:test_vit needs the package timm: .* --extra timm"):
+        grokd.build_model("timm:test_vit", "random", 2, Input(), 0)
+
+
+def test_network_of_one_size_says_which(timm: Any) -> None:
+    with pytest.raises(Problem, match="timm:test_vit takes 160 pixels, not 64: set input_size = 1"):
+        timm_model("test_vit", input_size=64)(PIXELS)
+
+
+@pytest.mark.parametrize("name, sides, paths", [
+    ("test_convnext2", [16, 8, 4, 2], [f"trunk.stages.{i}" for i in range(4)]),
+    ("test_efficientnet", [16, 8, 4, 2], [f"trunk.blocks.{i}" for i in range(1, 5)]),
+    ("test_resnet", [16, 8, 4, 2], [f"trunk.layer{i}" for i in range(1, 5)]),
+    ("test_vit", [10] * 4, [f"trunk.blocks.{i}" for i in (1, 2, 4, 5)]),  # of six
+])
+def test_layers_of_timms_networks(name: str, sides: list[int], paths: list[str], timm: Any) -> None:
+    """By the stride at what the network is fed, 64 pixels, though the crop has 32."""
+    model = timm_model(name, input_size=160 if name == "test_vit" else 64)
+    assert [*grokd.layer_paths(model, 32).values()] == [*paths, "trunk"]
+    tap = grokd.Tap(model, [*grokd.LAYERS, "pooled"], 32)
+    assert [tap.maps[layer].shape[-1] for layer in grokd.LAYERS] == sides
+    assert tap.widths["pooled"] == model.head.in_features
+
+
+def test_layers_by_stride_are_those_at_the_networks_size() -> None:
+    """Of torchvision's networks too, the crop being a quarter of what it is enlarged to."""
+    large = grokd.Classifier("mobilenet_v3_small", 2, Input())
+    enlarged = grokd.Classifier("mobilenet_v3_small", 2, Input(input_size=64))
+    assert grokd.layer_paths(enlarged, 16) == grokd.layer_paths(large, 64)
+
+
+def test_synchronised_norms_keep_timms_activations(timm: Any) -> None:
+    """timm's batch norm may hold the activation, which torch's own conversion drops."""
+    model = timm_model("test_efficientnet")
+    before = model(PIXELS)
+    model = grokd.with_synchronised_norms(model).eval()  # type: ignore[assignment]
+    norms = [type(m) for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(norms) > 5
+    torch.testing.assert_close(model(PIXELS), before)
+
+
+# Ensembles of different networks
+
+
+@pytest.fixture
+def mixed(images: Path, timm: Any) -> tuple[Path, str]:
+    """Folder and recipe: a transformer of 160 pixels, timm's normalisation at its own size, and
+    ours at the crop's; every way in which students use such teachers."""
+    torch.manual_seed(3)
+    state = timm.create_model("test_efficientnet", num_classes=2).state_dict()
+    torch.save(renamed(state, "module."), images / "efficient.pth")
+    students = """
+recipe = replace(recipe, seeds=(0,), students={
+        "own": replace(student, arch="timm:test_convnext", input=Input(64)),
+        "mixed": Distill(arch="resnet18", weights="random", train=replace(train, mix="cutmix")),
+        "departure": replace(student, weighting="departure"),
+        "features": replace(student, gamma=(0.1, 0.1), layers=("layer2=layer3", "pooled"),
+                            feature_weights="agre"),
+        "features-mixed": replace(student, gamma=(0.1, 0.1), layers=("layer1", "pooled"),
+                                  train=replace(train, mix="mixup")),
+        "parameters": replace(student, space="parameters", dfr_share=0.5),
+})
+"""
+    arch = '("timm:test_vit", "timm:test_efficientnet", "resnet8")'
+    recipe = edited(
+        images, "mixed.py", ("epochs=2", "epochs=1"), ("Distill,", "Distill, Input,"),
+        ("from grokd", "from dataclasses import replace\nfrom grokd"),
+        (TWO_TEACHERS, f'Teachers(3, {arch}, ("random", "efficient.pth", "random"), '),
+        ("BiasModel(arch=\"cnn2\"", 'BiasModel("erm", arch="timm:test_resnet"'),
+    )
+    with open(images / recipe, "a") as file:
+        file.write(students)
+    return images, recipe
+
+
+def test_mixed_ensemble_goes_through_every_stage(
+    mixed: tuple[Path, str], command: Grokd, timm: Any
+) -> None:
+    folder, recipe = mixed
+    command(folder, "run", recipe)
+    out = folder / "runs" / "mixed"
+    rows = [row["name"] for row in json.loads((out / "results.json").read_text())["rows"]]
+    assert {"own", "mixed", "departure", "features", "features-mixed", "parameters"} <= {*rows}
+    inputs = [grokd.load_model(out / f"teachers/{i}/dfr.safetensors").input for i in range(3)]
+    imagenet = (grokd.IMAGENET_MEAN, grokd.IMAGENET_STD)
+    assert inputs == [Input(160), Input(160, *imagenet), Input()]
+    assert_plain_students_agree(out, timm)
+
+
+def assert_plain_students_agree(out: Path, timm: Any) -> None:
+    """Finished students have the same logits in plain torchvision and timm, by their metadata."""
+    for name in ("own", "mixed"):
+        file = out / f"students/{name}/seed0/model.safetensors"
+        ours = grokd.load_model(file)
+        if name == "own":
+            plain = timm.create_model("test_convnext", num_classes=2, checkpoint_path=str(file))
+        else:
+            plain = models.get_model("resnet18", num_classes=2)
+            plain.load_state_dict(load_file(file))
+        with safe_open(file, "pt") as opened:
+            input = Input(**json.loads(opened.metadata()["input"]))
+        side = input.input_size or 16
+        images = torch.rand(2, 3, side, side)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images), answers(plain, input, images))
+
+
+def test_every_teacher_is_shown_its_own_images(mixed: tuple[Path, str]) -> None:
+    """From the cache and when mixed images are asked about: size and normalisation are its own."""
+    folder, _ = mixed
+    inputs = [Input(), Input(40), Input(40, (0.5,) * 3, (0.5,) * 3), Input(0, (0.5,) * 3)]
+    teachers = [
+        grokd.build_model("timm:test_resnet", "random", 2, input, 0).eval() for input in inputs
+    ]
+    data = grokd.Data(size=20, crop=16, attribute_column="place", store=str(folder / "store"))
+    store, runtime = grokd.open_store(data, str(folder)), grokd.Runtime.start("float32")
+    images = store.view(store.split("train"), torch.device("cpu"), 0, 0)
+    with torch.no_grad():
+        expected = torch.stack([teacher(images) for teacher in teachers])
+    targets = grokd.Targets(teachers, 4, store, {"data": store.fingerprint}, runtime, 0)
+    targets.prepare(0)
+    torch.testing.assert_close(targets.logits(np.arange(16)), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(targets.ask(images), expected, atol=1e-4, rtol=1e-3)
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(expected, 2))
+
+
+def test_channels_correspond_where_teachers_began_alike() -> None:
+    """DEFAULT names different weights where architectures differ."""
+    teachers = grokd.Teachers(arch=("vit_b_16",))
+    assert grokd.began_alike(teachers)
+    assert not grokd.began_alike(replace(teachers, arch=("vit_b_16", "convnext_tiny")))
+    assert not grokd.began_alike(replace(teachers, weights=("random",)))
