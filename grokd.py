@@ -63,6 +63,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import resource
@@ -276,7 +277,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Input:
-    """What a network is fed. Weights that carry their own normalisation override mean and std."""
+    """What a network is fed. Weights that carry their own normalisation override mean and std;
+    timm's also say a size, which counts where none is given here."""
 
     # Side in pixels the crop is resized to for this network; 0 leaves it as it is.
     input_size: Natural = 0
@@ -364,12 +366,16 @@ class Teachers:
 
     # Teachers in the ensemble. AGRE-KD: 10, and 5 in its ablations. Cost grows in proportion.
     num_teachers: Annotated[Count, Mark.INERT] = 5
-    # Architecture, by torchvision's name or one of cnn2, resnet8, resnet8_gn (16 to 32 pixels), or
-    # clip:..., as recipes/clip_teacher.py prints it. Several are dealt out in turn.
+    # Architecture, by torchvision's name, by timm's (timm:convnextv2_tiny; needs the extra timm),
+    # one of cnn2, resnet8, resnet8_gn (16 to 32 pixels), or clip:..., as recipes/clip_teacher.py
+    # prints it. Several are dealt out in turn.
     arch: tuple[str, ...] = ("resnet50",)
     # Initial weights: random, a name of torchvision's (DEFAULT, IMAGENET1K_V2 ...) or a file of
     # yours (.safetensors, .pth). Several are dealt out in turn. With --epochs 0 they stay.
     weights: Annotated[tuple[str, ...], Mark.CONTENT] = ("DEFAULT",)
+    # Teachers that are finished, by number: their weights stay, only their heads are refitted. The
+    # classes of such a file are those of the data, in their order.
+    finished: Annotated[tuple[Natural, ...], Mark.INERT] = ()
     seed: Natural = 0  # Seed of the first teacher; teacher i has seed + i.
     dfr: Annotated[DFR, Mark.HEAD] = DFR()  # How heads are refitted.
     input: Annotated[Input, FLAT] = Input()
@@ -379,7 +385,8 @@ class Teachers:
         """The section of teacher i alone: its architecture, initial weights and seed."""
         arch = self.arch[i % len(self.arch)]
         weights = self.weights[i % len(self.weights)]
-        return replace(self, arch=(arch,), weights=(weights,), seed=self.seed + i)
+        train = replace(self.train, epochs=0) if i in self.finished else self.train
+        return replace(self, arch=(arch,), weights=(weights,), seed=self.seed + i, train=train)
 
 
 @dataclass(frozen=True)
@@ -398,7 +405,7 @@ class BiasModel:
     q: Annotated[float, Range(1e-3, 1), When(kind="gce")] = 0.7
     # early-stopped: epochs after which training stops.
     stop_after: Annotated[Count, When(kind="early-stopped")] = 1
-    # Architecture. AGRE-KD found the choice to matter little.
+    # Architecture, as a teacher's. AGRE-KD found the choice to matter little.
     arch: Annotated[str, When(kind=Not("teacher"))] = "resnet50"
     # Initial weights: random, a name of torchvision's, or a file of yours.
     weights: Annotated[str, Mark.CONTENT, When(kind=Not("teacher"))] = "DEFAULT"
@@ -491,7 +498,8 @@ class Distill:
     num_teachers: Annotated[Natural, TAUGHT, Mark.CURVE] = 0
     # Share of them with a DFR head, the first ones; the others are plain ERM.
     dfr_share: Annotated[Share, TAUGHT, Mark.CURVE] = 1.0
-    # Architecture, by torchvision's name or one of cnn2, resnet8, resnet8_gn (16 to 32 pixels).
+    # Architecture, by torchvision's name, by timm's (timm:convnextv2_tiny; needs the extra timm) or
+    # one of cnn2, resnet8, resnet8_gn (16 to 32 pixels).
     arch: str = "resnet18"
     # Initial weights: random, a name of torchvision's, or a file of yours.
     weights: Annotated[str, Mark.CONTENT, When(start="")] = "DEFAULT"
@@ -2803,6 +2811,9 @@ SMALL: dict[str, Callable[[int], nn.Module]] = {
     "resnet8_gn": lambda num_classes: ResNet8(num_classes, lambda width: nn.GroupNorm(8, width)),
 }
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # GoogLeNet's and Inception's extra heads: unused
+WEIGHTS_FILES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")
+# Keys of torchvision's own DenseNet weights, which it renames as it loads them.
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
 
 class CLIPSizes(NamedTuple):
@@ -2887,12 +2898,9 @@ class Classifier(nn.Module):
         self.arch, self.num_classes, self.input = arch, num_classes, input
         self.folded_from = ""  # see fold
         self.trunk = plain_network(arch, num_classes)
-        linear = [
-            name for name, layer in self.trunk.named_modules()
-            if isinstance(layer, nn.Linear) and not name.startswith(AUXILIARY)
-        ]
-        self.head_path = linear[-1] if linear else ""
-        head = self.trunk.get_submodule(self.head_path) if self.head_path else None
+        self.fixed_side = fixed_side(self.trunk)
+        self.head_path = find_head(self.trunk)
+        head = dict(self.trunk.named_modules()).get(self.head_path)
         if not isinstance(head, nn.Linear) or head.bias is None:
             raise Problem(f"{arch} does not end in a linear layer with a bias: choose another.")
         self.head = head
@@ -2910,8 +2918,8 @@ class Classifier(nn.Module):
         side = self.input.input_size
         if side and side != images.shape[-1]:
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-        fixed = getattr(self.trunk, "image_size", images.shape[-1])  # vision transformers
-        if fixed != images.shape[-1]:
+        fixed = self.fixed_side
+        if fixed and fixed != images.shape[-1]:
             raise Problem(
                 f"{self.arch} takes {fixed} pixels, not {images.shape[-1]}: set input_size = "
                 f"{fixed}."
@@ -2939,14 +2947,22 @@ class Classifier(nn.Module):
         return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
 
     def load_plain(self, state: Mapping[str, Tensor], source: str, any_head: bool = False) -> bool:
-        """Load such a state dict, strictly. With `any_head`, a classification layer for another
-        number of classes is left as it was; returns whether the head was loaded."""
+        """Load such a state dict, strictly; returns whether its head was loaded.
+
+        With `any_head` it may be another's: keys under a prefix, a head that is missing or for
+        other classes. The head is then left as it was.
+        """
         state, present = dict(state), self.plain_state()
-        heads = (f"{self.head_path}.", *AUXILIARY)
-        shared = [key for key in present if key.startswith(heads) and key in state]
-        fits = all(state[key].shape == present[key].shape for key in shared)
-        if not fits and any_head:
-            state |= {key: present[key] for key in shared}
+        fits = True
+        if any_head:
+            state = without_prefix(state, [*present], source)
+            heads = (f"{self.head_path}.", *AUXILIARY)
+            left = {key: value for key, value in present.items() if key.startswith(heads)}
+            fits = all(key in state for key in left if not key.startswith(AUXILIARY))
+            fits &= all(state[key].shape == left[key].shape for key in left if key in state)
+            if not fits:
+                state = {key: value for key, value in state.items() if not key.startswith(heads)}
+            state = {**left, **state}
         prefix = f"{self.head_path}."
         nested = {}
         for key, value in state.items():
@@ -2961,11 +2977,13 @@ class Classifier(nn.Module):
 
 
 def plain_network(arch: str, num_classes: int) -> nn.Module:
-    """The network as torchvision or we have it, randomly initialised from torch's generator."""
+    """The network as torchvision, timm or we have it, with random weights of torch's generator."""
     if arch in SMALL:
         return SMALL[arch](num_classes)
     if arch.startswith("clip:"):
         return CLIPTower(clip_sizes(arch), num_classes)
+    if arch.startswith(TIMM):
+        return import_timm(arch).create_model(timm_name(arch), num_classes=num_classes)
     from torchvision import models
 
     choices = [*SMALL, *models.list_models(module=models)]
@@ -2975,28 +2993,149 @@ def plain_network(arch: str, num_classes: int) -> nn.Module:
     return models.get_model(arch, weights=None, num_classes=num_classes, **extra)
 
 
-def build_model(arch: str, weights: str, num_classes: int, input: Input, seed: int) -> Classifier:
-    """A classifier with its initial weights: random, torchvision's by name, or from a file.
+def find_head(network: nn.Module) -> str:
+    """Path of the layer that puts out the logits: the one that timm names, else the last linear
+    one. Empty if there is none, or several."""
+    if config := timm_config(network):
+        path = config.get("classifier")
+        return path if isinstance(path, str) else ""
+    linear = [
+        name for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and not name.startswith(AUXILIARY)
+    ]
+    return linear[-1] if linear else ""
 
-    Weights for another number of classes keep their trunk and get a fresh head.
+
+def fixed_side(network: nn.Module) -> int:
+    """Side of the only images that a network takes, such as a vision transformer; 0: any."""
+    if config := timm_config(network):
+        return config["input_size"][-1] if config.get("fixed_input_size") else 0
+    return getattr(network, "image_size", 0)
+
+
+TIMM = "timm:"  # stands before the names of timm's networks
+
+
+def import_timm(arch: str) -> Any:
+    """The package, an extra of ours; raises Problem if it is missing."""
+    try:
+        import timm
+    except ImportError as error:
+        raise Problem(
+            f"{arch} needs the package timm: install grokd with its extra timm (uv sync --extra "
+            "timm)."
+        ) from error
+    return timm
+
+
+def timm_name(arch: str) -> str:
+    """timm's own name of a network, a tag included; raises Problem if it has none of that name."""
+    timm, name = import_timm(arch), arch.removeprefix(TIMM)
+    base, _, tag = name.partition(".")
+    choices = timm.list_models()
+    if base in choices:
+        choices = timm.list_models(f"{base}.*", pretrained=True) if tag else [name]
+    if name in choices:
+        return name
+    close = difflib.get_close_matches(name, choices, 3, 0) or [base]
+    raise Problem(f"timm has no {name!r}; did you mean {' or '.join(TIMM + c for c in close)}?")
+
+
+def timm_config(network: nn.Module) -> dict[str, Any]:
+    """What timm says of a network of its own: size of images, path of the head; else empty."""
+    return getattr(network, "pretrained_cfg", {})
+
+
+def timm_input(arch: str, weights: str, input: Input) -> Input:
+    """What a network of timm's is fed: with weights, normalisation and size of its data config,
+    unless the recipe gives a size. Random ones have only a size, where they take no other.
+
+    The size is that of training, a few test at a larger one; crop share and interpolation are ours.
+    """
+    network = plain_network(arch, 1)
+    if weights == "random":
+        return replace(input, input_size=input.input_size or fixed_side(network))
+    config = import_timm(arch).data.resolve_model_data_config(network)
+    side = input.input_size or config["input_size"][-1]
+    return Input(side, tuple(config["mean"]), tuple(config["std"]))
+
+
+def timm_weights(arch: str, name: str) -> Mapping[str, Tensor]:
+    """The weights that timm has for a network, fetched if need be."""
+    timm, network = import_timm(arch), timm_name(arch)
+    if name != "DEFAULT":
+        raise Problem(
+            f"{arch} has no weights {name!r}: give DEFAULT, random or a file. A tag of timm's "
+            "stands in the architecture (timm:resnet50.a1_in1k)."
+        )
+    if not timm.is_model_pretrained(network):
+        raise Problem(f"timm has no weights for {arch}: give random or a file.")
+    try:
+        return timm.create_model(network, pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:
+        raise unfetched(arch, name, error) from error
+
+
+def unfetched(arch: str, name: str, error: Exception) -> Problem:
+    """What is said where weights are not at hand and cannot be downloaded."""
+    reason = str(error).partition("\n")[0]
+    return Problem(
+        f"The weights {name} of {arch} could not be fetched ({reason}): save them to a file "
+        "elsewhere and name it as weights, or use weights random."
+    )
+
+
+def build_model(
+    arch: str, weights: str, num_classes: int, input: Input, seed: int, as_it_is: str = ""
+) -> Classifier:
+    """A classifier with its initial weights: random, torchvision's or timm's, or from a file.
+
+    Weights without a head for these classes keep their trunk and get a fresh one; a Problem if the
+    network is to be used `as_it_is`, where this says by what.
     """
     torch.manual_seed(seed)
+    if arch.startswith(TIMM):
+        input = timm_input(arch, weights, input)
     if weights == "random":
         return Classifier(arch, num_classes, input)
     state: Mapping[str, Tensor]
-    if Path(weights).suffix in (".safetensors", ".pth", ".pt"):
+    if Path(weights).suffix in WEIGHTS_FILES:
         state, metadata = read_weights(Path(weights))
         if "input" in metadata:
             stored = stored_input(metadata)
             input = replace(stored, input_size=input.input_size or stored.input_size)
+    elif arch.startswith(TIMM):
+        state = timm_weights(arch, weights)
     else:
         plain_network(arch, num_classes)  # names the architecture, if that is what is wrong
         state, mean, std = torchvision_weights(arch, weights)
         input = replace(input, mean=mean, std=std)
     model = Classifier(arch, num_classes, input)
     if not model.load_plain(state, weights, any_head=True):
-        say(f"{weights}: its head is for other classes, so {arch} starts with a random one")
+        if as_it_is:
+            raise Problem(
+                f"{weights} has no head for {num_classes} classes, and {as_it_is} as it is: name a "
+                "file with such a head, or train it (epochs)."
+            )
+        say(f"warning: {weights} has no head for {num_classes} classes: {arch}'s is random")
     return model
+
+
+def without_prefix(
+    state: Mapping[str, Tensor], present: Sequence[str], source: str
+) -> dict[str, Tensor]:
+    """A state dict under the keys of a plain network, `present`: what wrappers put before them
+    (module., model., backbone. ...) is cut off, whatever it is, and what lies elsewhere left out.
+    """
+    state = {OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+    ends = [key for key in state if key.endswith(f".{present[0]}")]
+    prefixes = ["", *sorted(key.removesuffix(present[0]) for key in ends)]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in present))
+    outside = [key for key in state if not key.startswith(prefix)]
+    if outside:
+        more = ", ..." if len(outside) > 3 else ""
+        say(f"{source}: left out is what is not under {prefix} ({', '.join(outside[:3])}{more})")
+    return {k.removeprefix(prefix): value for k, value in state.items() if k.startswith(prefix)}
 
 
 def torchvision_weights(arch: str, name: str) -> tuple[Mapping[str, Tensor], Triple, Triple]:
@@ -3012,10 +3151,7 @@ def torchvision_weights(arch: str, name: str) -> tuple[Mapping[str, Tensor], Tri
     try:
         state = choices[name].get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise Problem(
-            f"The weights {name} of {arch} could not be fetched ({error}): save them to a file "
-            "elsewhere and name it as weights, or use weights random."
-        ) from error
+        raise unfetched(arch, name, error) from error
     transforms = choices[name].transforms()
     mean, std = tuple(transforms.mean), tuple(transforms.std)
     if arch in ("googlenet", "inception_v3"):  # torchvision's transform_input, said directly
@@ -3042,13 +3178,33 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = read_metadata(path)
         return load_file(path), metadata
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zipfile's and torch's own, without a common base
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to trust the file
+            reason = "it is damaged, or holds pickled code, which is not run"
         raise Problem(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): it must exist and hold a "
-            "state_dict() alone."
+            f"{path} cannot be read ({reason}): it must exist and hold a state_dict() alone."
         ) from error
-    return state.get("state_dict", state), {}
+    return inner_state(content, path), {}
+
+
+def inner_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in what a training program saved: all of it, or under state_dict or model."""
+    while isinstance(content, Mapping):
+        parts = [content.get(key) for key in ("state_dict", "model")]
+        inner = next((part for part in parts if isinstance(part, Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    entries = content if isinstance(content, Mapping) else {}
+    tensors = {str(key): value for key, value in entries.items() if isinstance(value, Tensor)}
+    if not tensors:
+        keys = ", ".join(map(str, entries))[:200] or "something else"
+        raise Problem(
+            f"{path} holds no state dict, alone or under state_dict or model, but {keys}."
+        )
+    return tensors
 
 
 def stored_input(metadata: Mapping[str, str]) -> Input:
@@ -3080,8 +3236,11 @@ def fold(model: Classifier) -> Classifier:
     if model.folded_from:
         return model
     model.folded_from = trunk_key(model)
-    with contextlib.suppress(torch.fx.proxy.TraceError):  # a trunk with control flow stays as it is
-        model.trunk = fuse(model.trunk)
+    # A trunk that does more with sizes than to pass them on stays as it is.
+    with contextlib.suppress(torch.fx.proxy.TraceError, RuntimeError, TypeError):
+        trunk = fuse(model.trunk)
+        if all(constant.ndim < 5 for constant in trunk.buffers()):  # else not channels last
+            model.trunk = trunk
     return model.to(memory_format=torch.channels_last)
 
 
@@ -3104,12 +3263,13 @@ def layer_paths(model: Classifier, side: int) -> dict[str, str]:
     and all of its depth; else the last outputs of blocks at stride 4, 8, 16, 32, found by a pass.
     """
     trunk, paths = model.trunk, dict[str, str]()
-    blocks = getattr(getattr(trunk, "encoder", None), "layers", None)
+    place = "blocks" if hasattr(trunk, "num_prefix_tokens") else "encoder.layers"  # timm's, or not
+    blocks = dict(trunk.named_modules()).get(place)
     if isinstance(blocks, nn.Module):
-        names = [f"trunk.encoder.layers.{name}" for name, _ in blocks.named_children()]
+        names = [f"trunk.{place}.{name}" for name, _ in blocks.named_children()]
         for k, layer in enumerate(LAYERS, 1):
             paths[layer] = names[math.ceil(len(names) * k / 4) - 1]
-    elif hasattr(trunk, "layer1"):
+    elif hasattr(trunk, "layer4") or model.arch in SMALL:
         for name, _ in trunk.named_children():
             if re.fullmatch(r"layer\d", name):
                 paths[name] = f"trunk.{name}"
@@ -3119,13 +3279,22 @@ def layer_paths(model: Classifier, side: int) -> dict[str, str]:
 
 
 def layers_by_stride(model: Classifier, side: int) -> dict[str, str]:
-    """Paths of the last outputs at stride 4, 8, 16, 32, of those modules that put out maps."""
+    """Paths of the last outputs at stride 4, 8, 16, 32, of those modules that put out maps; where
+    timm lists its network's, of those."""
     paths: dict[str, str] = {}
+    listed = timm_layers(model.trunk)
+    seen = model.input.input_size or side  # by the network
 
     def note(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(output, Tensor) or output.ndim != 4:
+        if not isinstance(output, Tensor):
+            listed.pop(path, None)
             return
-        stride = side / as_map(output).shape[-1]
+        if output.ndim != 4:
+            return
+        height, width = as_map(output).shape[-2:]
+        if height != width:  # an attention's heads
+            return
+        stride = seen / width
         layer = f"layer{round(math.log2(stride)) - 1}"
         # The shallowest: a block's output, not the expansion inside the next block.
         if layer in LAYERS and path.count(".") <= paths.get(layer, path).count("."):
@@ -3139,7 +3308,19 @@ def layers_by_stride(model: Classifier, side: int) -> dict[str, str]:
     look(model, side)
     for hook in hooks:
         hook.remove()
-    return paths
+    return paths | {layer: path for path, layer in listed.items()}
+
+
+def timm_layers(network: nn.Module) -> dict[str, str]:
+    """Of a network of timm's, layer1 to layer4 by the paths that timm lists at stride 4 to 32."""
+    listed = getattr(network, "feature_info", []) if timm_config(network) else []
+    present = dict(network.named_modules())
+    layers = {}
+    for entry in listed:
+        layer = f"layer{round(math.log2(entry['reduction'])) - 1}"
+        if layer in LAYERS and entry["module"] in present:
+            layers[f"trunk.{entry['module']}"] = layer
+    return layers
 
 
 def look(model: Classifier, side: int) -> None:
@@ -4322,7 +4503,11 @@ def with_synchronised_norms(model: nn.Module) -> nn.Module:
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
     }
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    arch = str(getattr(model, "arch", ""))
+    if arch.startswith(TIMM):  # some of its norms hold an activation
+        convert = import_timm(arch).layers.convert_sync_batchnorm
+    model = convert(model)
     for name, each in hooks.items():
         for hook in each:  # they belong to the modules that were replaced
             model.get_submodule(name).register_forward_hook(hook)
@@ -4562,11 +4747,12 @@ def train_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
 
 def teacher_job(i: int, ctx: Context, runtime: Runtime) -> Job:
     """The training of teacher i."""
-    section, store = ctx.recipe.teachers.of(i), ctx.store
+    section, store, artefact = ctx.recipe.teachers.of(i), ctx.store, ctx.teacher(i, "erm")
+    users = [] if section.train.epochs else users_of(artefact, ctx)
     model = build_model(
-        section.arch[0], section.weights[0], store.num_classes, section.input, section.seed
+        section.arch[0], section.weights[0], store.num_classes, section.input, section.seed,
+        f"{', '.join(users)} would use teacher {i}" if users else "",
     )
-    artefact = ctx.teacher(i, "erm")
     job = Job(artefact, model, section, section.train, store, section.seed, label_losses)
     return classifier_job(job, ctx, runtime)
 
@@ -4609,7 +4795,8 @@ def bias_job(ctx: Context, runtime: Runtime) -> Job:
     """The training of a biased model that is no teacher's."""
     section, store = ctx.recipe.bias_model, ctx.store
     model = build_model(
-        section.arch, section.weights, store.num_classes, section.input, section.seed
+        section.arch, section.weights, store.num_classes, section.input, section.seed,
+        "" if section.train.epochs else "students would depart from this network",
     )
     losses = gce_losses if section.kind == "gce" else label_losses
     job = Job(ctx.bias(), model, section, section.train, store, section.seed, losses)
@@ -4663,7 +4850,11 @@ def distill(names: Sequence[str], seed: int, ctx: Context, runtime: Runtime) -> 
         weights = student.weights
         if student.start:
             weights = str(ctx.require(ctx.student(student.start, seed)))
-        model = build_model(student.arch, weights, store.num_classes, student.input, seed)
+        kept = [name for name in names if ctx.students[name].head == "own"]
+        model = build_model(
+            student.arch, weights, store.num_classes, student.input, seed,
+            f"{', '.join(kept)} would be it" if kept and not student.train.epochs else "",
+        )
         job = student_job(Job(first, model, student, student.train, store, seed, label_losses),
                           ctx, runtime)
         outputs = {
@@ -4692,6 +4883,14 @@ def student_job(job: Job, ctx: Context, runtime: Runtime) -> Job:
 def frozen_networks(student: Distill, ctx: Context) -> list[Artefact]:
     """What a student learns from: its teachers, then the biased model if it is compared with."""
     return ctx.ensemble(student) + (ctx.biased() if student.has_biased else [])
+
+
+def users_of(network: Artefact, ctx: Context) -> list[str]:
+    """The students that learn from a network, or compare with it, under the head it has."""
+    return [
+        name for name, student in ctx.students.items()
+        if network.path in [artefact.path for artefact in frozen_networks(student, ctx)]
+    ]
 
 
 def frozen_targets(student: Distill, store: Store, ctx: Context, runtime: Runtime) -> Targets:
@@ -4783,13 +4982,17 @@ def feature_loss(job: Job, targets: Targets, ctx: Context) -> FeatureLoss:
         for key, artefact in zip(targets.trunk_keys, artefacts, strict=True):
             if key not in networks:  # unfolded: folding leaves no modules to tap
                 networks[key] = load_model(artefact.path, targets.runtime.device, ctx.store)
-    weights = set(ctx.recipe.teachers.weights)
-    pretrained = len(weights) == 1 and "random" not in weights
-    frozen = frozen_features(student, targets, networks, pretrained)
+    frozen = frozen_features(student, targets, networks, began_alike(ctx.recipe.teachers))
     tap = Tap(model, [layer.student for layer in layers], ctx.store.data.crop)
     features = FeatureLoss(student, frozen, job.seed)
     features.attach(model, tap.maps, tap.widths)
     return features
+
+
+def began_alike(teachers: Teachers) -> bool:
+    """Did all teachers begin with the same pretrained weights? Then their channels correspond."""
+    alike = len({*teachers.arch}) == len({*teachers.weights}) == 1
+    return alike and "random" not in teachers.weights
 
 
 def training_store(student: Distill, seed: int, ctx: Context) -> Store:
@@ -6825,6 +7028,12 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
         if i >= teachers.num_teachers:
             raise Problem(
                 f"{name}: bias_model.teacher = {i}, but there are {teachers.num_teachers} "
+                "teachers, counted from 0."
+            )
+    for i in teachers.finished:
+        if i >= teachers.num_teachers:
+            raise Problem(
+                f"{name}: teachers.finished names {i}, but there are {teachers.num_teachers} "
                 "teachers, counted from 0."
             )
     for key in recipe.students.keys() & recipe.augments.keys():
