@@ -64,10 +64,12 @@ import os
 import platform
 import re
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import types
@@ -1705,11 +1707,19 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
         ) from error
 
 
+@functools.cache
+def warn_of_locks(reason: str) -> None:
+    """Once a process."""
+    say(f"warning: the file system has no locks ({reason}): let no two commands write to a folder "
+        "at a time.")
+
+
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock between processes of this machine; it ends with the process, however it ends.
 
-    Raises Problem if another process holds it and `wait` is False.
+    Gives whether it is held: some network file systems have none, which is warned about. Raises
+    Problem if another process holds it and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
@@ -1721,10 +1731,16 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
                 f"{path.parent} is being written by another run ({file.read().strip()}): wait for "
                 "it, stop it, or write elsewhere with --out."
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            warn_of_locks(os.strerror(error.errno))
+            yield False
+            return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        yield True
 
 
 def progress_bar(items: Any = None, label: str = "", **more: Any) -> Any:
@@ -1826,6 +1842,105 @@ def check_launch(environment: Mapping[str, str]) -> None:
                           f"{instead}, or unset it.")
 
 
+class Watch:
+    """Ends this process when another one of its command has ended: it would else wait for it, in
+    a collective or, where each trains models of its own, after hours at the next barrier.
+
+    Every process holds a connection to the first, which the system closes when a process ends,
+    however it ends; probes find a machine that went silent. What is read until then are the last
+    words of the other side: none if it was killed. The first process ends with any other, and all
+    with the first.
+    """
+
+    FINISHED = "finished"
+    KILLED = (
+        "another process of this command has ended (what it printed, if anything, says why): the "
+        "same command, given again, goes on from where it was."
+    )
+    # Seconds until a silent machine is probed, between probes, and how many may stay unanswered.
+    PROBES = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 5))
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.ending = threading.Lock()  # taken once, by the thread that ends this process
+        self.peers: list[socket.socket] = []
+        try:
+            self._connect(accelerator.process_index, accelerator.num_processes)
+        except OSError as error:
+            print(f"warning: processes cannot watch each other ({error}): if one ends, stop the "
+                  "others by hand.", flush=True)
+        for peer in self.peers:
+            peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in self.PROBES:
+                peer.setsockopt(socket.IPPROTO_TCP, option, value)
+            threading.Thread(target=self._listen, args=[peer], daemon=True).start()
+
+    def _connect(self, rank: int, world: int) -> None:
+        """The first process opens a port and tells it to the others, with a token to know them."""
+        if rank > 0:
+            port, token = broadcast_object_list([0, b""])
+            host = os.environ.get("MASTER_ADDR", "localhost")
+            peer = socket.create_connection((host, port), timeout=30)
+            peer.sendall(token)
+            self.peers.append(peer)
+            return
+        token = secrets.token_bytes(16)
+        with socket.create_server(("", 0), backlog=world) as server:
+            server.settimeout(30)
+            broadcast_object_list([server.getsockname()[1], token])
+            while len(self.peers) < world - 1:
+                peer, _ = server.accept()
+                peer.settimeout(30)
+                if peer.recv(len(token), socket.MSG_WAITALL) == token:
+                    self.peers.append(peer)
+
+    def _listen(self, peer: socket.socket) -> None:
+        """Read the last words of a process; end this one unless it had finished."""
+        words = b""
+        with contextlib.suppress(OSError):
+            while part := peer.recv(4096):
+                words += part
+        if words.decode() != self.FINISHED:
+            problem = words.decode() or self.KILLED
+            self.tell(problem)
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            os._exit(1)  # the main thread may wait for the process that has ended
+
+    def tell(self, words: str) -> None:
+        """The last words of this process. Returns to the thread that comes first, and to no other:
+        the first one ends the process."""
+        self.ending.acquire()
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                peer.sendall(words.encode())
+                peer.shutdown(socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def watched(accelerator: Accelerator) -> Iterator[None]:
+    """While the work of a command lasts, end it on all processes if one of them ends before."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    watch = Watch(accelerator)
+    try:
+        yield
+    except Problem as problem:
+        watch.tell(str(problem))
+        raise
+    except BaseException as error:
+        if isinstance(error, RuntimeError):
+            # So a collective fails when another process ends, which the watch says in one line.
+            time.sleep(2)
+        watch.tell("")
+        raise
+    watch.tell(watch.FINISHED)
+
+
+GATHERING = timedelta(minutes=10)  # all processes begin at about the same time
+WAITING = timedelta(days=7)  # for a barrier: others may train a model or build a store meanwhile
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Devices, processes and arithmetic, from accelerate."""
@@ -1843,13 +1958,23 @@ class Runtime:
         # accelerate writes a 1 there on CPUs where the launcher wrote nothing.
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
         mixed = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
-        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks wait for stores
+        gathering = InitProcessGroupKwargs(timeout=GATHERING)
         try:
             accelerator = Accelerator(
-                mixed_precision=mixed.get(precision), kwargs_handlers=[patience]
+                mixed_precision=mixed.get(precision), kwargs_handlers=[gathering]
             )
         except ValueError as error:
             raise Problem(f"--precision {precision}: {error}") from error
+        except torch.distributed.DistError as error:
+            raise Problem(
+                f"{os.environ.get('WORLD_SIZE')} processes are to work together, and some did not "
+                f"come within {GATHERING.seconds} s ({str(error).splitlines()[0]}): start all of "
+                "them, with the same MASTER_ADDR and MASTER_PORT."
+            ) from error
+        if accelerator.num_processes > 1:
+            distributed: Any = torch.distributed.distributed_c10d
+            # The second is its name in older torch.
+            (getattr(distributed, "set_timeout", None) or distributed._set_pg_timeout)(WAITING)
         if precision == "launch":
             names = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
             precision = names.get(accelerator.mixed_precision, "")
@@ -2326,8 +2451,11 @@ def open_store(data: Data, root: str) -> Store:
     form = "encoded" if encoded else [data.size, data.geometry]
     key = digest([image_identity(row.image) for row in rows], form)
     folder = Path(data.store) / key
-    with locked(folder.with_suffix(".lock"), wait=True):
+    with locked(folder.with_suffix(".lock"), wait=True) as alone:
         if not (folder / "manifest.json").is_file():
+            if alone:  # what was begun, then, is of processes that were killed
+                for part in folder.parent.glob(f"{key}.part*"):
+                    shutil.rmtree(part)
             build_store(rows, data, folder, encoded)
     manifest = json.loads((folder / "manifest.json").read_text())
     images: np.ndarray = np.memmap(folder / "images.u8", np.uint8, "r")
@@ -2402,9 +2530,10 @@ def announce_store(rows: Sequence[Row], data: Data, folder: Path, encoded: bool)
 
 
 def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> None:
-    """Decode every image into `folder`, in parallel; the folder appears only when complete."""
-    part, failures = folder.with_suffix(".part"), list[str]()
-    shutil.rmtree(part, ignore_errors=True)
+    """Decode every image into `folder`, in parallel; the folder appears only when complete, and is
+    left alone if another process came first, which a file system without locks allows."""
+    part = folder.with_suffix(f".part-{socket.gethostname()}-{os.getpid()}")
+    failures = list[str]()
     part.mkdir(parents=True)
     announce_store(rows, data, folder, encoded)
 
@@ -2431,7 +2560,12 @@ def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> Non
         raise Problem(f"{len(failures)} images cannot be read: " + ", ".join(sorted(failures)))
     manifest = {"offsets": offsets if encoded else [], "checksums": checksums}
     (part / "manifest.json").write_text(json.dumps(manifest))
-    part.rename(folder)
+    try:
+        part.rename(folder)
+    except OSError:
+        if not (folder / "manifest.json").is_file():
+            raise
+        shutil.rmtree(part)
 
 
 def prefetch(items: Sequence[Any], load: Callable[[Any], Any]) -> Iterator[tuple[Any, Any]]:
@@ -2986,16 +3120,17 @@ class Targets:
         """Make the logits of `view` current, computing what the cache does not hold."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = locked(self.folder / "lock", wait=True)
+        place, count = self.runtime.on_node()
         with lock if self.runtime.rank == 0 else contextlib.nullcontext():
             self.runtime.wait()
             opened = [self._open(file, view) for file in self.files]
             missing = self._missing_blocks(opened)
             self.runtime.wait()  # all have looked before any writes
-            self._fill(opened, missing, view)
+            self._fill(opened, missing, view, sorted(missing)[place::count])
             self.runtime.wait()
             self._check_filled(opened, missing)
             self.current = [rows for _, rows in opened]
-            if missing and self.runtime.rank == 0:
+            if missing and place == 0:
                 self._shrink({f"{file.name}-{view}" for file in self.files})
 
     def _missing_blocks(
@@ -3012,13 +3147,12 @@ class Targets:
 
     def _fill(
         self, opened: Sequence[tuple[np.ndarray, np.ndarray]], missing: Mapping[int, list[int]],
-        view: int,
+        view: int, share: Sequence[int],
     ) -> None:
-        """Compute missing blocks, this process's share of them; every node has its own cache."""
+        """Compute this process's share of the missing blocks. Every node fills a cache, be it one
+        of its own; where nodes share one, they write the same."""
         needed = sorted({self.files[i].model for places in missing.values() for i in places})
         trunks = {self.trunk_keys[m]: self.models[m] for m in needed}
-        place, count = self.runtime.on_node()
-        share = sorted(missing)[place::count]
         with self.runtime.autocast():
             for block, part, features in extract(
                 trunks, self.store, self.indices, self.runtime, view, self.seed, share
@@ -3055,12 +3189,17 @@ class Targets:
 
     def _shrink(self, keep: set[str]) -> None:
         """Delete the oldest files until the cache fits, but for those in use."""
-        files = [path for path in self.folder.iterdir() if path.name != "lock"]
-        excess = sum(path.stat().st_size for path in files) - int(self.store.data.cache_gb * 1e9)
-        for path in sorted(files, key=lambda path: path.stat().st_mtime):
+        files: list[tuple[float, int, Path]] = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # nodes may share the folder
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
+        files = [file for file in files if file[2].name != "lock"]
+        excess = sum(size for _, size, _ in files) - int(self.store.data.cache_gb * 1e9)
+        for _, size, path in sorted(files):
             if excess > 0 and path.name not in keep:
-                excess -= path.stat().st_size
-                path.unlink()
+                excess -= size
+                path.unlink(missing_ok=True)
 
     def answer(self, batch: Batch) -> Ensemble:
         """What the networks say of a batch; mixed images, which no cache can hold, are asked about.
@@ -3823,8 +3962,9 @@ class Training:
         self.saved = time.monotonic()
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        state = load_checkpoint(self.job.artefact.work)
+        """Go on from the newest checkpoint, if there is one: the first process says which."""
+        newest = self.runtime.first(lambda: newest_checkpoint(self.job.artefact.work))
+        state = load_checkpoint(newest) if newest else None
         if self.scaler:  # one for the whole process: it must not know of networks before
             self.scaler.load_state_dict(state["scaler"] if state else self.runtime.new_scaler)
         if state:
@@ -3961,12 +4101,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
             shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
     complete = sorted(path for path in folder.glob("[0-9]*") if path.suffix != ".part")
-    if not complete:
-        return None
-    return torch.load(complete[-1] / "state.pt", map_location="cpu", weights_only=True)
+    return complete[-1] if complete else None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
 LOSSES = "losses.f32"  # beside the checkpoints: a row of N numbers for each finished epoch
@@ -4265,13 +4408,18 @@ def ensembles_of(ctx: Context) -> dict[tuple[str, ...], list[str]]:
     return ensembles
 
 
+def all_finished(artefacts: Sequence[Artefact]) -> bool:
+    """Are they all there?"""
+    return all(artefact.standing().state == State.FINISHED for artefact in artefacts)
+
+
 def describe_ensembles(ctx: Context) -> list[dict[str, Any]]:
     """For each ensemble the students that learn from it, and its teachers, if all there is."""
     described = []
     for names in ensembles_of(ctx).values():
         student = ctx.students[names[0]]
         needed = ctx.ensemble(student) + ctx.biased()
-        if all(artefact.standing().state == State.FINISHED for artefact in needed):
+        if ctx.runtime.together().first(functools.partial(all_finished, needed)):
             described.append({"students": names, "teachers": teacher_rows(ctx, student)})
     return described
 
@@ -5115,8 +5263,7 @@ def make_set(
     if settings.realism < 1:
         judge.threshold = calibrate(generator, store, settings.realism)
     sources = sources_of(settings, seed, judge, ctx, runtime)
-    recorded = {record["source"] for record in read_records(folder)}
-    runtime.wait()  # all have read before any writes
+    recorded = runtime.first(lambda: {record["source"] for record in read_records(folder)})
     remaining = [int(i) for i in sources if i not in recorded]
     say(f"{artefact.name}: {len(sources):,} sources, {len(remaining):,} to do")
     began = time.monotonic()
@@ -5341,7 +5488,7 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
     """Score every model found, or those named, by group; write results.json, report.md, figure."""
     models, left_out = [Scored(str(path), str(path), path) for path in paths], list[str]()
     if not paths:
-        models, left_out = find_models(ctx)
+        models, left_out = ctx.runtime.together().first(lambda: find_models(ctx))
     if not models:
         raise Problem(
             f"{ctx.out} holds no model of this recipe: train them with `python grokd.py run "
@@ -6418,6 +6565,51 @@ def check_resume(ctx: Context) -> None:
         raise Problem(f"--resume: nothing of it was begun in {ctx.out}: start without the flag.")
 
 
+def agreed_settings(ctx: Context) -> dict[str, Any]:
+    """What all processes of a command must have alike: data, recipe and flags."""
+    recipe, common = ctx.recipe, ctx.common
+    sections = [("teachers", recipe.teachers), ("bias-model", recipe.bias_model)]
+    sections += [("diffusion", recipe.diffusion), ("eval", recipe.eval)]
+    sections += [*recipe.students.items(), *recipe.augments.items()]
+    settings = {
+        f"{name}: {key}": value
+        for name, section in sections for key, value in flatten(section).items()
+    }
+    settings |= {key: getattr(common, key) for key in ("seeds", "parallel", "redo")}
+    return settings | {"makes": ctx.makes, "precision": ctx.runtime.precision} | ctx.data_settings
+
+
+def check_processes(ctx: Context) -> None:
+    """Raise Problem, on all processes, if one has other data, settings or results than the first.
+
+    A disk of each node will do for Data.store, but not for --out, through which models pass.
+    """
+    runtime, settings = ctx.runtime.together(), agreed_settings(ctx)
+    if runtime.world == 1:
+        return
+
+    def show() -> tuple[Path, dict[str, Any]]:
+        token = ctx.out / f".process-{secrets.token_hex(4)}"
+        write_file(token, "")
+        return token, settings
+
+    token, settings_of_first = runtime.first(show)
+    told = ""
+    if changes := differences(settings_of_first, settings):
+        told = f"works on something else than the first one (→): {changes}. Start all alike."
+    elif not token.is_file():
+        told = (
+            f"does not see what the first one wrote to {ctx.out}: models pass through it, so name "
+            "a folder as --out that all nodes share. Data.store may be a disk of each node."
+        )
+    answers = gather_object([told])
+    if runtime.rank == 0:
+        token.unlink()
+    for process, answer in enumerate(answers):
+        if answer:
+            raise Problem(f"Process {process} {answer}")
+
+
 def run_stages(ctx: Context) -> None:
     """Distil students and make sets of images, in the order in which they need each other."""
     students = ctx.recipe.students if "distill" in ctx.makes else {}
@@ -6453,16 +6645,18 @@ def command_line(argv: Sequence[str]) -> None:
         check_generators(recipe, Path(common.out))
     began = time.monotonic()
     runtime = Runtime.start(common.precision)
-    store = open_store(recipe.data, recipe.root)
-    makes = ["teachers", "bias-model", "distill", "augment"] if command == "run" else [command]
-    ctx = Context(
-        name, recipe, store, Path(common.out), runtime, common, makes,
-        students={**loaded.students, **recipe.students},
-        sets={**loaded.augments, **recipe.augments},
-    )
-    if common.resume and command != "eval":
-        check_resume(ctx)
-    work(command, ctx, models)
+    with watched(runtime.accelerator):
+        store = open_store(recipe.data, recipe.root)
+        makes = ["teachers", "bias-model", "distill", "augment"] if command == "run" else [command]
+        ctx = Context(
+            name, recipe, store, Path(common.out), runtime, common, makes,
+            students={**loaded.students, **recipe.students},
+            sets={**loaded.augments, **recipe.augments},
+        )
+        check_processes(ctx)
+        if common.resume and command != "eval":
+            check_resume(ctx)
+        work(command, ctx, models)
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory"
     if torch.cuda.is_available():
         memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"

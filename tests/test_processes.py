@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Run, write_images
+from kills import Ended, Herd
 from safetensors.torch import load_file
 
 import grokd
@@ -111,3 +115,146 @@ def test_every_stage_works_under_a_launcher(tmp_path: Path, launcher: list[str])
     printed = processes(launcher, "run", "tiny.py", *more, cwd=folder)
     assert printed.count("| deep ensemble of one-hot-dfr ") == 1  # by one process alone
     assert (folder / "runs" / "tiny" / "groups.png").stat().st_size > 10_000
+
+
+# One process is killed (kill -9), and no launcher stops the others, as on another node
+
+
+KILLS = """
+import grokd
+often = grokd.replace(train, checkpoint_minutes=1e-9)
+again = {name: grokd.replace(each, train=often) for name, each in recipe.students.items()}
+recipe = grokd.replace(
+    recipe, seeds=(0,), students=again, teachers=grokd.replace(recipe.teachers, train=often),
+    bias_model=grokd.BiasModel("erm", arch="cnn2", weights="random", train=often),
+)
+"""
+SETS = """
+recipe = grokd.replace(
+    recipe,
+    diffusion=grokd.Diffusion(epochs=2, batch_size=8, widths=(8, 16), num_timesteps=50,
+                              checkpoint_minutes=1e-9),
+    augments={"config": grokd.Augment(student="agre", steps=2, iterations=2, min_teacher=0.0,
+                                      max_student=1.0, in_flight=2, count=12)},
+)
+"""
+OUT = Path("runs") / "tiny"
+
+
+@pytest.fixture(scope="module")
+def herd() -> Iterator[Herd]:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    herd = Herd()
+    yield herd
+    herd.close()
+
+
+def folder_of_kills(folder: Path, more: str = "") -> Path:
+    """The tiny data set, and a recipe with many checkpoints."""
+    write_images(folder)
+    with open(folder / "tiny.py", "a") as recipe:
+        recipe.write(KILLS + more)
+    return folder
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What a run made, as far as it must not depend on kills."""
+    made: dict[str, Any] = {}
+    for name, path in files(folder / OUT).items():
+        made |= {f"{name} {key}": value.numpy().tobytes() for key, value in load_file(path).items()}
+    for path in [*(folder / OUT / "augmented").rglob("*.png"), *(folder / OUT).rglob("*.csv")]:
+        made[str(path.relative_to(folder))] = path.read_bytes()
+    for path in (folder / OUT).glob("results.json"):
+        made["rows"] = json.loads(path.read_text())["rows"]
+    return made
+
+
+def assert_ended(ended: Ended, killed: int) -> None:
+    """The others end in the same minute, with one line."""
+    for rank, code in enumerate(ended.codes):
+        if rank == killed:
+            assert code == -9
+        else:
+            assert code == 1, (ended.printed[rank], ended.errors[rank])
+            line, = ended.lines(rank)
+            assert line.startswith("error: another process of this command has ended")
+    assert ended.seconds < 60
+
+
+def test_command_killed_on_one_rank_again_and_again_ends_with_the_same_bits(
+    tmp_path: Path, herd: Herd
+) -> None:
+    whole = folder_of_kills(tmp_path / "whole")
+    assert herd.run(whole, 2, "run", "tiny.py").codes == [0, 0]
+    killed = folder_of_kills(tmp_path / "killed")
+    for rank, place in enumerate(("store", "training", "target cache", "evaluation")):
+        ended = herd.run(killed, 2, "run", "tiny.py", place=place, rank=rank % 2)
+        assert_ended(ended, rank % 2)
+    ended = herd.run(killed, 2, "run", "tiny.py")
+    assert ended.codes == [0, 0], ended.errors
+    assert content(whole) == content(killed)
+
+
+MAKES = {
+    "teachers": ("teachers",), "bias-model": ("bias-model",), "distill": ("students",),
+    "augment": ("augmented", "generator"), "eval": (),
+    "run": ("teachers", "bias-model", "students", "augmented", "generator"),
+}
+PLACES = {
+    "teachers": ("store", "training", "head"), "bias-model": ("store", "training"),
+    "distill": ("store", "training", "target cache", "head"),
+    "augment": ("store", "training", "images"), "eval": ("store", "evaluation"),
+    "run": ("store", "training", "target cache", "head", "images", "evaluation"),
+}
+CASES = [(number, command, place) for number in (2, 3)
+         for command, places in PLACES.items() for place in places]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory, herd: Herd) -> dict[int, Path]:
+    """Undisturbed runs, by the number of processes."""
+    folders = {}
+    for number in (2, 3):
+        folders[number] = folder_of_kills(tmp_path_factory.mktemp("whole") / "images", SETS)
+        ended = herd.run(folders[number], number, "run", "tiny.py")
+        assert ended.codes == [0] * number, ended.errors
+    return folders
+
+
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest) -> Iterator[list[list[str]]]:
+    """Rows of the record that --record names."""
+    rows: list[list[str]] = []
+    command = "pytest -n 0 -m slow tests/test_processes.py --record recipes/measured/kills.json"
+    about = grokd.origin(3) | {"command": command}
+    yield rows
+    if path := request.config.getoption("--record"):
+        header = ["command", "processes", "rank killed", "killed in", "others ended", "same bits"]
+        results = {"about": about, "header": header, "rows": rows}
+        Path(path).write_text(json.dumps(results, indent=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", range(len(CASES)), ids=["-".join(map(str, c)) for c in CASES])
+def test_command_killed_on_one_rank_ends_with_the_same_bits(
+    place: int, tmp_path: Path, herd: Herd, references: dict[int, Path], record: list[list[str]]
+) -> None:
+    number, command, where = CASES[place]
+    rank = place % number
+    folder = shutil.copytree(references[number], tmp_path / "images")
+    for name in MAKES[command]:
+        shutil.rmtree(folder / OUT / name)
+    for path in (folder / OUT).glob("results.json"):
+        path.unlink()
+    shutil.rmtree(folder / "store" if where == "store" else folder / "store" / "targets")
+    ended = herd.run(folder, number, command, "tiny.py", place=where, rank=rank)
+    again = herd.run(folder, number, command, "tiny.py")
+    assert again.codes == [0] * number, again.errors
+    expected = content(references[number])
+    if command not in ("run", "eval"):
+        del expected["rows"]
+    same = content(folder) == expected
+    seconds = f"{ended.seconds:.1f} s"
+    record.append([command, str(number), str(rank), where, seconds, "yes" if same else "no"])
+    assert_ended(ended, rank)
+    assert same
