@@ -69,6 +69,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -1710,8 +1711,10 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
 @functools.cache
 def warn_of_locks(reason: str) -> None:
     """Once a process."""
-    say(f"warning: the file system has no locks ({reason}): let no two commands write to a folder "
-        "at a time.")
+    print(
+        f"warning: the file system has no locks ({reason}): let no two commands write to one "
+        "folder at a time.", flush=True,
+    )
 
 
 @contextlib.contextmanager
@@ -2453,8 +2456,8 @@ def open_store(data: Data, root: str) -> Store:
     folder = Path(data.store) / key
     with locked(folder.with_suffix(".lock"), wait=True) as alone:
         if not (folder / "manifest.json").is_file():
-            if alone:  # what was begun, then, is of processes that were killed
-                for part in folder.parent.glob(f"{key}.part*"):
+            if alone:  # on this machine: what was begun here is of processes that were killed
+                for part in folder.parent.glob(f"{key}.part-{socket.gethostname()}-*"):
                     shutil.rmtree(part)
             build_store(rows, data, folder, encoded)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -2530,11 +2533,13 @@ def announce_store(rows: Sequence[Row], data: Data, folder: Path, encoded: bool)
 
 
 def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> None:
-    """Decode every image into `folder`, in parallel; the folder appears only when complete, and is
-    left alone if another process came first, which a file system without locks allows."""
+    """Decode every image into `folder`, in parallel; the folder appears only when complete.
+
+    Another process may have come first, where locks do not hold; its folder is as good.
+    """
     part = folder.with_suffix(f".part-{socket.gethostname()}-{os.getpid()}")
     failures = list[str]()
-    part.mkdir(parents=True)
+    part.mkdir(parents=True, exist_ok=True)
     announce_store(rows, data, folder, encoded)
 
     def load(i: int) -> bytes:
@@ -3843,16 +3848,9 @@ class Training:
         rate = learning_rate(self.train, self.progress.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        accelerator = self.runtime.accelerator
-        for number, part in enumerate(parts):
-            is_last = number == len(parts) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.network):
-                torch.manual_seed(
-                    seed_of(self.job.seed, self.progress.step, self.runtime.rank, number)
-                )
-                self._accumulate(view, total, part)
+        self._backward(view, total, parts)
         if self.job.clip:
-            accelerator.clip_grad_norm_(self.model.parameters(), self.job.clip)
+            self.runtime.accelerator.clip_grad_norm_(self.model.parameters(), self.job.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.job.average:
@@ -3860,6 +3858,17 @@ class Training:
         self.progress.step += 1
         if self.bar is not None:
             self.bar.update()
+
+    def _backward(self, view: int, total: int, parts: Sequence[Part]) -> None:
+        """The gradients of a batch, summed over the processes with its last micro-batch."""
+        for number, part in enumerate(parts):
+            is_last = number == len(parts) - 1
+            no_sync = self.runtime.accelerator.no_sync(self.network)
+            with contextlib.nullcontext() if is_last else no_sync:
+                torch.manual_seed(
+                    seed_of(self.job.seed, self.progress.step, self.runtime.rank, number)
+                )
+                self._accumulate(view, total, part)
 
     def _accumulate(self, view: int, total: int, part: Part) -> None:
         """Add the gradients and figures of a micro-batch."""
@@ -3965,6 +3974,8 @@ class Training:
         """Go on from the newest checkpoint, if there is one: the first process says which."""
         newest = self.runtime.first(lambda: newest_checkpoint(self.job.artefact.work))
         state = load_checkpoint(newest) if newest else None
+        if state and self.runtime.world > 1:
+            self._settle_buckets(state["progress"]["step"] // self.steps_per_epoch)
         if self.scaler:  # one for the whole process: it must not know of networks before
             self.scaler.load_state_dict(state["scaler"] if state else self.runtime.new_scaler)
         if state:
@@ -3983,6 +3994,18 @@ class Training:
         if self.runtime.rank == 0:
             finished = self.progress.step // self.steps_per_epoch
             cut_losses(self.job.artefact.work, finished, len(self.indices))
+
+    def _settle_buckets(self, epoch: int) -> None:
+        """A backward pass in vain, of a batch of the epoch that goes on.
+
+        After its first one DDP arranges the gradients anew, and their places decide in which order
+        those of three processes or more are added: the run that was killed had that behind it.
+        """
+        if epoch < self.job.num_epochs:
+            view, batch = self.view_of(epoch), self._epoch(epoch)[0]
+            self.job.prepare(view)
+            self._backward(view, len(batch), self._read(view, batch))
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _say_where(self, threads: int) -> None:
         now = torch.get_num_threads()
@@ -4985,6 +5008,43 @@ class Sample:
     best: dict[str, Any] = field(default_factory=dict)
 
 
+class Flight:
+    """The samples on their way in one process and the sources to come, kept on disk: which samples
+    pass through the networks together shows in their last digits."""
+
+    def __init__(
+        self, sources: Sequence[int], path: Path | None = None, recorded: Sequence[int] = ()
+    ) -> None:
+        self.queue = list(sources)[::-1]
+        self.samples: list[Sample] = []
+        self.path = path
+        self.recorded = set(recorded)  # sources that a killed run has finished
+        self.saved = -math.inf
+
+    def save_if_late(self) -> None:
+        """Once a minute. What is recorded meanwhile a killed run makes again, and does not
+        record again."""
+        if self.path is None or time.monotonic() - self.saved < 60:
+            return
+        samples = []
+        for sample in self.samples:
+            best = sample.best | {"image": torch.from_numpy(sample.best["image"])}
+            samples.append(vars(sample) | {"best": best})
+        buffer = io.BytesIO()
+        torch.save({"queue": self.queue, "samples": samples}, buffer)
+        write_file(self.path, buffer.getbuffer())
+        self.saved = time.monotonic()
+
+    def restore(self, device: torch.device) -> None:
+        """Go on from what was saved."""
+        assert self.path
+        state = torch.load(self.path, map_location=device, weights_only=True)
+        self.queue = state["queue"]
+        for values in state["samples"]:
+            values["best"]["image"] = values["best"]["image"].cpu().numpy()
+            self.samples.append(Sample(**values))
+
+
 def climb(sample: Sample, gradient: Tensor, settings: Augment) -> None:
     """One step of a sample's latent up its gradient."""
     z, size = sample.z, settings.step_size
@@ -5007,7 +5067,7 @@ def climb(sample: Sample, gradient: Tensor, settings: Augment) -> None:
 
 
 def generate(
-    generator: Generator, judge: Judge, store: Store, sources: Sequence[int], seed: int,
+    generator: Generator, judge: Judge, store: Store, sources: Sequence[int] | Flight, seed: int,
     log: Callable[[dict[str, Any]], None] = lambda figures: None,
 ) -> Iterator[dict[str, Any]]:
     """A record for every source, as soon as it passes or its budget is spent; its `image` is uint8
@@ -5016,8 +5076,11 @@ def generate(
     A sample passes with its first iterate whose 8-bit image has argmax t = y, t_y >= min_teacher,
     f_y <= max_student and a denoising loss within the threshold. Not guided: the first iterate.
     """
-    settings, queue, flight = judge.settings, list(sources)[::-1], list[Sample]()
+    settings = judge.settings
+    under_way = sources if isinstance(sources, Flight) else Flight(sources)
+    queue, flight = under_way.queue, under_way.samples
     while queue or flight:
+        under_way.save_if_late()
         while queue and len(flight) < settings.in_flight:
             flight.append(launch(queue.pop(), generator, store, seed))
         keys = [sample.key for sample in flight]
@@ -5047,7 +5110,7 @@ def generate(
             if over:
                 counts = {"seed": seed, "steps": sample.iteration, "judged": sample.judged}
                 yield sample.best | counts
-        flight = [sample for sample, over in zip(flight, done, strict=True) if not over]
+        flight[:] = [sample for sample, over in zip(flight, done, strict=True) if not over]
 
 
 def latent_gradient(images: Tensor, z: Tensor, upward: Tensor) -> Tensor:
@@ -5254,7 +5317,7 @@ def make_set(
     settings: Augment, artefact: Artefact, seed: int, ctx: Context, runtime: Runtime
 ) -> None:
     """Generate one set: PNGs as they are accepted, a line for each source in records-*.jsonl, at
-    the end metadata.csv and sheet.png. What a killed run had recorded is not made again."""
+    the end metadata.csv and sheet.png. What a killed run had recorded stays."""
     store, folder = ctx.store, artefact.path.parent
     judge = appoint_judge(settings, seed, ctx, runtime)
     source = settings.generator or str(train_generator(ctx, runtime))
@@ -5263,12 +5326,12 @@ def make_set(
     if settings.realism < 1:
         judge.threshold = calibrate(generator, store, settings.realism)
     sources = sources_of(settings, seed, judge, ctx, runtime)
-    recorded = runtime.first(lambda: {record["source"] for record in read_records(folder)})
+    recorded = runtime.first(lambda: [record["source"] for record in read_records(folder)])
     remaining = [int(i) for i in sources if i not in recorded]
     say(f"{artefact.name}: {len(sources):,} sources, {len(remaining):,} to do")
     began = time.monotonic()
-    share = remaining[runtime.rank :: runtime.world]
-    accepted = generate_files(folder, generator, judge, store, share, seed, runtime.rank)
+    flight = begin_flight(artefact, remaining, recorded, runtime)
+    accepted = generate_files(folder, generator, judge, store, flight, seed, runtime.rank)
     spent = generator.evaluations / max(1, accepted)
     runtime.wait()
     runtime.first(lambda: finish_set(artefact, generator, store, source, seed))
@@ -5278,6 +5341,32 @@ def make_set(
         f"{artefact.name}: {count:,} of {len(records):,} accepted, {spent:,.0f} UNet evaluations "
         f"each, {time.monotonic() - began:.0f} s"
     )
+
+
+def begin_flight(
+    artefact: Artefact, remaining: Sequence[int], recorded: Sequence[int], runtime: Runtime
+) -> Flight:
+    """This process's share of the sources, or what was on its way in it when a run was killed, if
+    that had as many processes."""
+    paths = [
+        artefact.work / f"flight-{rank}-of-{runtime.world}.pt" for rank in range(runtime.world)
+    ]
+
+    def is_kept() -> bool:
+        if all(path.is_file() for path in paths):
+            return True
+        for path in artefact.work.glob("flight-*"):
+            path.unlink()
+        return False
+
+    share = remaining[runtime.rank :: runtime.world]
+    flight = Flight(share, paths[runtime.rank], recorded)
+    if runtime.first(is_kept):
+        flight.restore(runtime.device)
+    else:
+        flight.save_if_late()
+    runtime.wait()  # all shares are kept before anything is recorded
+    return flight
 
 
 def appoint_judge(settings: Augment, seed: int, ctx: Context, runtime: Runtime) -> Judge:
@@ -5304,8 +5393,8 @@ def sources_of(
 
 
 def generate_files(
-    folder: Path, generator: Generator, judge: Judge, store: Store, sources: Sequence[int],
-    seed: int, rank: int,
+    folder: Path, generator: Generator, judge: Judge, store: Store, flight: Flight, seed: int,
+    rank: int,
 ) -> int:
     """Write a PNG and a record for each source, as they come; returns how many were accepted."""
     from torch.utils.tensorboard import SummaryWriter
@@ -5315,7 +5404,10 @@ def generate_files(
     with contextlib.ExitStack() as stack:
         board = stack.enter_context(SummaryWriter(folder / "tensorboard" / str(rank)))
         file = stack.enter_context(open(folder / f"records-{rank}.jsonl", "a"))
-        bar = stack.enter_context(progress_bar(label=folder.parent.name, total=len(sources)))
+        total = len(flight.queue) + len(flight.samples)
+        bar = stack.enter_context(progress_bar(label=folder.parent.name, total=total))
+        if file.tell():
+            file.write("\n")  # a kill may have cut the last line
 
         def log(figures: dict[str, Any]) -> None:
             minutes = (time.monotonic() - began) / 60
@@ -5327,7 +5419,10 @@ def generate_files(
             for name, value in (figures | rates).items():
                 board.add_scalar(f"augment/{name}", value, generator.evaluations)
 
-        for record in generate(generator, judge, store, sources, seed, log):
+        for record in generate(generator, judge, store, flight, seed, log):
+            bar.update()
+            if record["source"] in flight.recorded:
+                continue
             content = io.BytesIO()
             Image.fromarray(record.pop("image").transpose(1, 2, 0)).save(content, "png")
             prefix = "" if record["accepted"] else "rejected-"
@@ -5338,7 +5433,6 @@ def generate_files(
             finished += 1
             accepted += record["accepted"]
             bar.set_postfix(accepted=accepted, refresh=False)
-            bar.update()
     return accepted
 
 
@@ -6588,23 +6682,23 @@ def check_processes(ctx: Context) -> None:
     if runtime.world == 1:
         return
 
-    def show() -> tuple[Path, dict[str, Any]]:
-        token = ctx.out / f".process-{secrets.token_hex(4)}"
-        write_file(token, "")
-        return token, settings
+    def show() -> tuple[str, dict[str, Any]]:
+        name = f".process-{secrets.token_hex(4)}"
+        write_file(ctx.out / name, "")
+        return name, settings
 
-    token, settings_of_first = runtime.first(show)
+    name, settings_of_first = runtime.first(show)
     told = ""
     if changes := differences(settings_of_first, settings):
-        told = f"works on something else than the first one (→): {changes}. Start all alike."
-    elif not token.is_file():
+        told = f"differs from the first one (→): {textwrap.shorten(changes, 300)}. Start all alike."
+    elif not (ctx.out / name).is_file():
         told = (
-            f"does not see what the first one wrote to {ctx.out}: models pass through it, so name "
-            "a folder as --out that all nodes share. Data.store may be a disk of each node."
+            f"does not see in {ctx.out} what the first one wrote: models pass through that folder, "
+            "so name one as --out that all nodes share. Data.store may be a disk of each node."
         )
     answers = gather_object([told])
     if runtime.rank == 0:
-        token.unlink()
+        (ctx.out / name).unlink()
     for process, answer in enumerate(answers):
         if answer:
             raise Problem(f"Process {process} {answer}")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,7 +130,16 @@ def stale() -> None:
     change(grokd, "read_records", lambda function: lambda folder: [])
 
 
-FAULTS: dict[str, Callable[[], None]] = {"no locks": without_locks, "stale": stale}
+def alone() -> None:
+    """The first process is the only one that begins."""
+    grokd.GATHERING = timedelta(seconds=3)
+    if os.environ["RANK"] != "0":
+        sys.exit()
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "no locks": without_locks, "stale": stale, "alone": alone,
+}
 
 
 class Request(NamedTuple):
@@ -258,5 +268,6 @@ elif __name__ == "__main__":
     import torch.utils.tensorboard  # noqa: F401
     import torchvision.transforms.v2  # noqa: F401
 
+    grokd.apply_flags("run", grokd.load_recipe("digits"), "digits", [])  # reads comments for help
     if serve():
         grokd.main()

@@ -1,5 +1,7 @@
 """Several processes on the CPU: the same figures, and where promised the same bits, as one."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -123,9 +125,9 @@ def test_every_stage_works_under_a_launcher(tmp_path: Path, launcher: list[str])
 KILLS = """
 import grokd
 often = grokd.replace(train, checkpoint_minutes=1e-9)
-again = {name: grokd.replace(each, train=often) for name, each in recipe.students.items()}
 recipe = grokd.replace(
-    recipe, seeds=(0,), students=again, teachers=grokd.replace(recipe.teachers, train=often),
+    recipe, seeds=(0,), students={"agre": grokd.replace(student, head="dfr", train=often)},
+    teachers=grokd.replace(recipe.teachers, train=often),
     bias_model=grokd.BiasModel("erm", arch="cnn2", weights="random", train=often),
 )
 """
@@ -181,18 +183,132 @@ def assert_ended(ended: Ended, killed: int) -> None:
     assert ended.seconds < 60
 
 
-def test_command_killed_on_one_rank_again_and_again_ends_with_the_same_bits(
+def test_killed_again_and_again_on_one_rank_and_stale_files_leave_the_bits_as_they_are(
     tmp_path: Path, herd: Herd
 ) -> None:
+    """Against a run undisturbed, on two nodes whose stores and target caches are their own."""
     whole = folder_of_kills(tmp_path / "whole")
-    assert herd.run(whole, 2, "run", "tiny.py").codes == [0, 0]
+    ended = herd.run(whole, 2, "run", "tiny.py", "--data.store", "store{rank}")
+    assert ended.codes == [0, 0], ended.errors
+    caches = [{path.name: path.read_bytes() for path in (whole / name / "targets").glob("*-*")}
+              for name in ("store0", "store1")]
+    assert caches[0] and caches[0] == caches[1]
+
     killed = folder_of_kills(tmp_path / "killed")
-    for rank, place in enumerate(("store", "training", "target cache", "evaluation")):
+    for rank, place in enumerate(("store", "head", "target cache", "training")):
         ended = herd.run(killed, 2, "run", "tiny.py", place=place, rank=rank % 2)
         assert_ended(ended, rank % 2)
-    ended = herd.run(killed, 2, "run", "tiny.py")
+    ended = herd.run(killed, 2, "run", "tiny.py", place="stale", rank=1)
     assert ended.codes == [0, 0], ended.errors
+    assert "students/agre/seed0/model: goes on at step 2 of 4" in ended.printed[0]
     assert content(whole) == content(killed)
+    assert not [*killed.rglob("*.part*"), *killed.rglob(".process*")]
+
+
+def test_process_with_models_of_its_own_ends_when_another_is_killed(
+    tmp_path: Path, herd: Herd
+) -> None:
+    folder = folder_of_kills(tmp_path)
+    flags = ["--parallel", "models", "--epochs", "100_000"]
+    assert_ended(herd.run(folder, 2, "teachers", "tiny.py", *flags, place="training", rank=1), 1)
+
+
+def test_problem_of_one_process_ends_all_with_its_line(tmp_path: Path, herd: Herd) -> None:
+    folder = folder_of_kills(tmp_path)
+    for rank, change in enumerate((b"", b"broken")):
+        write_images(folder / f"root{rank}")
+        path = folder / f"root{rank}" / "train000.png"
+        path.write_bytes(change or path.read_bytes())
+    ended = herd.run(folder, 2, "teachers", "tiny.py", "--root", "root{rank}")
+    for rank, code in enumerate(ended.codes):
+        line, = ended.lines(rank)
+        assert code == 1 and line.startswith("error: 1 images cannot be read: root1/train000.png")
+
+
+@pytest.mark.parametrize("flag, told", [
+    ("--out=results{rank}", "does not see in results1 what the first one wrote: models pass"),
+    ("--lr=0.{rank}1", "differs from the first one (→): bias-model: lr 0.01 → 0.11. Start"),
+])
+def test_processes_that_cannot_work_together_are_told_so(
+    images: Path, herd: Herd, flag: str, told: str
+) -> None:
+    ended = herd.run(images, 2, "bias-model", "tiny.py", "--kind", "erm", flag)
+    for rank in (0, 1):
+        line, = ended.lines(rank)
+        assert f"error: Process 1 {told}" in line or rank == 0
+    assert ended.codes == [1, 1]
+    assert not [*images.rglob("*.safetensors"), *images.rglob(".process*")]
+
+
+def test_process_whose_others_do_not_come_does_not_wait_for_ever(images: Path, herd: Herd) -> None:
+    ended = herd.run(images, 2, "teachers", "tiny.py", place="alone")
+    line, = ended.lines(0)
+    assert line.startswith("error: 2 processes are to work together, and some did not come within")
+    assert ended.codes == [1, 0] and ended.seconds < 60
+
+
+# Disks without locks
+
+
+def test_processes_build_one_store_where_there_are_no_locks(images: Path, herd: Herd) -> None:
+    flags = ["--kind", "erm", "--epochs", "1"]
+    ended = herd.run(images, 2, "bias-model", "tiny.py", *flags, place="no locks")
+    assert ended.codes == [0, 0], ended.errors
+    for printed in ended.printed:
+        assert printed.count("warning: the file system has no locks (No locks available)") == 1
+    stores = [path.parent for path in (images / "store").glob("*/manifest.json")]
+    assert len(stores) == 1 and not [*images.rglob("*.part*")]
+
+
+def test_a_store_that_another_process_has_built_meanwhile_is_taken(images: Path) -> None:
+    recipe = grokd.load_recipe(str(images / "tiny.py"))
+    rows = grokd.read_rows(recipe.data, str(images))
+    for _ in range(2):
+        grokd.build_store(rows, recipe.data, images / "store" / "key", encoded=False)
+    assert [path.name for path in (images / "store").iterdir()] == ["key"]
+
+
+def test_other_failures_of_a_lock_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="broken disk"), grokd.locked(tmp_path / "lock"):
+        pass
+
+
+def test_no_view_of_a_mapped_file_is_uploaded(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload may not have ended when it returns, and pages of a map may not be pinned."""
+    monkeypatch.chdir(images)
+    data = grokd.load_recipe("tiny.py").data
+    store = grokd.open_store(data, ".")
+    uploaded: list[torch.Tensor] = []
+
+    def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        uploaded.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(grokd, "pinned", pinned)
+    runtime = grokd.Runtime.start("float32")
+    everything = np.arange(len(store.labels))
+    store.read(everything, runtime.device)
+    store.read(everything[:3], runtime.device, view=1)
+    network = grokd.build_model("cnn2", "random", 2, grokd.Input(), 0)
+    targets = grokd.Targets([network], 1, store, {}, runtime, 0, pooled=True)
+    targets.prepare(0)
+    targets.logits(np.arange(4))
+    targets.pooled(np.arange(4))
+    maps = [store.images, *targets.current]
+    assert len(uploaded) >= 6
+    for tensor in uploaded:
+        assert not any(np.may_share_memory(tensor.numpy(), each) for each in maps)
+
+
+# The whole table: every command, every place, two processes and three
 
 
 MAKES = {
