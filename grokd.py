@@ -6697,8 +6697,7 @@ def check_processes(ctx: Context) -> None:
             "so name one as --out that all nodes share. Data.store may be a disk of each node."
         )
     answers = gather_object([told])
-    if runtime.rank == 0:
-        (ctx.out / name).unlink()
+    runtime.first((ctx.out / name).unlink)  # before any of them ends
     for process, answer in enumerate(answers):
         if answer:
             raise Problem(f"Process {process} {answer}")

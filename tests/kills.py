@@ -6,6 +6,7 @@ many cases take little time.
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import signal
@@ -254,6 +255,7 @@ def serve() -> bool:
                 return True
             children.append(child)
         print(json.dumps(wait_for(children, folder)), flush=True)
+    gc.unfreeze()
     return False
 
 
@@ -269,5 +271,7 @@ elif __name__ == "__main__":
     import torchvision.transforms.v2  # noqa: F401
 
     grokd.apply_flags("run", grokd.load_recipe("digits"), "digits", [])  # reads comments for help
+    gc.collect()
+    gc.freeze()  # what forked processes share need not be searched by each
     if serve():
         grokd.main()

@@ -308,6 +308,19 @@ def test_no_view_of_a_mapped_file_is_uploaded(
         assert not any(np.may_share_memory(tensor.numpy(), each) for each in maps)
 
 
+@pytest.mark.slow
+def test_under_a_launcher_the_line_stands_above_its_report(tmp_path: Path) -> None:
+    folder = folder_of_kills(tmp_path)
+    command = [*TWO, str(ROOT / "tests" / "kills.py"), "training", "1", "teachers", "tiny.py"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode
+    assert done.stderr.count("error: another process of this command has ended") == 1
+    assert "[rank0]" not in done.stderr  # as torch marks a traceback; the launcher prints its own
+    processes(TWO, "teachers", "tiny.py", cwd=folder)
+
+
 # The whole table: every command, every place, two processes and three
 
 
