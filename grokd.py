@@ -67,11 +67,14 @@ import pickle
 import platform
 import re
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import time
 import traceback
 import types
@@ -1920,11 +1923,21 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
         ) from error
 
 
+@functools.cache
+def warn_of_locks(reason: str) -> None:
+    """Once a process."""
+    print(
+        f"warning: the file system has no locks ({reason}): let no two commands write to one "
+        "folder at a time.", flush=True,
+    )
+
+
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Hold a lock between processes of this machine; it ends with the process, however it ends.
 
-    Raises Problem if another process holds it and `wait` is False.
+    Gives whether it is held: some network file systems have none, which is warned about. Raises
+    Problem if another process holds it and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
@@ -1936,10 +1949,16 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
                 f"{path.parent} is being written by another run ({file.read().strip()}): wait for "
                 "it, stop it, or write elsewhere with --out."
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            warn_of_locks(os.strerror(error.errno))
+            yield False
+            return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        yield True
 
 
 def progress_bar(items: Any = None, label: str = "", **more: Any) -> Any:
@@ -2041,6 +2060,105 @@ def check_launch(environment: Mapping[str, str]) -> None:
                           f"{instead}, or unset it.")
 
 
+class Watch:
+    """Ends this process when another one of its command has ended: it would else wait for it, in
+    a collective or, where each trains models of its own, after hours at the next barrier.
+
+    Every process holds a connection to the first, which the system closes when a process ends,
+    however it ends; probes find a machine that went silent. What is read until then are the last
+    words of the other side: none if it was killed. The first process ends with any other, and all
+    with the first.
+    """
+
+    FINISHED = "finished"
+    KILLED = (
+        "another process of this command has ended (what it printed, if anything, says why): the "
+        "same command, given again, goes on from where it was."
+    )
+    # Seconds until a silent machine is probed, between probes, and how many may stay unanswered.
+    PROBES = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 5))
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.ending = threading.Lock()  # taken once, by the thread that ends this process
+        self.peers: list[socket.socket] = []
+        try:
+            self._connect(accelerator.process_index, accelerator.num_processes)
+        except OSError as error:
+            print(f"warning: processes cannot watch each other ({error}): if one ends, stop the "
+                  "others by hand.", flush=True)
+        for peer in self.peers:
+            peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in self.PROBES:
+                peer.setsockopt(socket.IPPROTO_TCP, option, value)
+            threading.Thread(target=self._listen, args=[peer], daemon=True).start()
+
+    def _connect(self, rank: int, world: int) -> None:
+        """The first process opens a port and tells it to the others, with a token to know them."""
+        if rank > 0:
+            port, token = broadcast_object_list([0, b""])
+            host = os.environ.get("MASTER_ADDR", "localhost")
+            peer = socket.create_connection((host, port), timeout=30)
+            peer.sendall(token)
+            self.peers.append(peer)
+            return
+        token = secrets.token_bytes(16)
+        with socket.create_server(("", 0), backlog=world) as server:
+            server.settimeout(30)
+            broadcast_object_list([server.getsockname()[1], token])
+            while len(self.peers) < world - 1:
+                peer, _ = server.accept()
+                peer.settimeout(30)
+                if peer.recv(len(token), socket.MSG_WAITALL) == token:
+                    self.peers.append(peer)
+
+    def _listen(self, peer: socket.socket) -> None:
+        """Read the last words of a process; end this one unless it had finished."""
+        words = b""
+        with contextlib.suppress(OSError):
+            while part := peer.recv(4096):
+                words += part
+        if words.decode() != self.FINISHED:
+            problem = words.decode() or self.KILLED
+            self.tell(problem)
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            os._exit(1)  # the main thread may wait for the process that has ended
+
+    def tell(self, words: str) -> None:
+        """The last words of this process. Returns to the thread that comes first, and to no other:
+        the first one ends the process."""
+        self.ending.acquire()
+        for peer in self.peers:
+            with contextlib.suppress(OSError):
+                peer.sendall(words.encode())
+                peer.shutdown(socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def watched(accelerator: Accelerator) -> Iterator[None]:
+    """While the work of a command lasts, end it on all processes if one of them ends before."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    watch = Watch(accelerator)
+    try:
+        yield
+    except Problem as problem:
+        watch.tell(str(problem))
+        raise
+    except BaseException as error:
+        if isinstance(error, RuntimeError):
+            # So a collective fails when another process ends, which the watch says in one line.
+            time.sleep(2)
+        watch.tell("")
+        raise
+    watch.tell(watch.FINISHED)
+
+
+GATHERING = timedelta(minutes=10)  # all processes begin at about the same time
+WAITING = timedelta(days=7)  # for a barrier: others may train a model or build a store meanwhile
+
+
 # What a GPU may ask for in a second: a ResNet-18 on an H100 learns some 10,000 images of 224 pixels
 # (stored as 256), and larger ones more slowly.
 ASKED_IMAGES, ASKED_BYTES = 10_000, 2e9
@@ -2065,13 +2183,23 @@ class Runtime:
         # accelerate writes a 1 there on CPUs where the launcher wrote nothing.
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
         mixed = {"float32": "no", "float64": "no", "bfloat16": "bf16", "float16": "fp16"}
-        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))  # ranks wait for stores
+        gathering = InitProcessGroupKwargs(timeout=GATHERING)
         try:
             accelerator = Accelerator(
-                mixed_precision=mixed.get(precision), kwargs_handlers=[patience]
+                mixed_precision=mixed.get(precision), kwargs_handlers=[gathering]
             )
         except ValueError as error:
             raise Problem(f"--precision {precision}: {error}") from error
+        except torch.distributed.DistError as error:
+            raise Problem(
+                f"{os.environ.get('WORLD_SIZE')} processes are to work together, and some did not "
+                f"come within {GATHERING.seconds} s ({str(error).splitlines()[0]}): start all of "
+                "them, with the same MASTER_ADDR and MASTER_PORT."
+            ) from error
+        if accelerator.num_processes > 1:
+            distributed: Any = torch.distributed.distributed_c10d
+            # The second is its name in older torch.
+            (getattr(distributed, "set_timeout", None) or distributed._set_pg_timeout)(WAITING)
         if precision == "launch":
             names = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
             precision = names.get(accelerator.mixed_precision, "")
@@ -2586,8 +2714,11 @@ def open_store(data: Data, root: str) -> Store:
     rows = checked_rows(data, root)
     encoded = is_encoded(rows, data)
     folder = store_folder(rows, data)
-    with locked(folder.with_suffix(".lock"), wait=True):
+    with locked(folder.with_suffix(".lock"), wait=True) as alone:
         if not (folder / "manifest.json").is_file():
+            if alone:  # on this machine: what was begun here is of processes that were killed
+                for part in folder.parent.glob(f"{folder.name}.part-{socket.gethostname()}-*"):
+                    shutil.rmtree(part)
             build_store(rows, data, folder, encoded)
     return stored_rows(rows, data, folder)
 
@@ -2697,10 +2828,13 @@ def announce_store(rows: Sequence[Row], data: Data, folder: Path, encoded: bool)
 
 
 def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> None:
-    """Decode every image into `folder`, in parallel; the folder appears only when complete."""
-    part, failures = folder.with_suffix(".part"), list[str]()
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    """Decode every image into `folder`, in parallel; the folder appears only when complete.
+
+    Another process may have come first, where locks do not hold; its folder is as good.
+    """
+    part = folder.with_suffix(f".part-{socket.gethostname()}-{os.getpid()}")
+    failures = list[str]()
+    part.mkdir(parents=True, exist_ok=True)
     announce_store(rows, data, folder, encoded)
 
     def load(i: int) -> bytes:
@@ -2726,7 +2860,12 @@ def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> Non
         raise Problem(f"{len(failures)} images cannot be read: " + ", ".join(sorted(failures)))
     manifest = {"offsets": offsets if encoded else [], "checksums": checksums}
     (part / "manifest.json").write_text(json.dumps(manifest))
-    part.rename(folder)
+    try:
+        part.rename(folder)
+    except OSError:
+        if not (folder / "manifest.json").is_file():
+            raise
+        shutil.rmtree(part)
 
 
 def prefetch(
@@ -3552,16 +3691,17 @@ class Targets:
         """Make the logits of `view` current, computing what the cache does not hold."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = locked(self.folder / "lock", wait=True)
+        place, count = self.runtime.on_node()
         with lock if self.runtime.rank == 0 else contextlib.nullcontext():
             self.runtime.wait()
             opened = [self._open(file, view) for file in self.files]
             missing = self._missing_blocks(opened)
             self.runtime.wait()  # all have looked before any writes
-            self._fill(opened, missing, view)
+            self._fill(opened, missing, view, sorted(missing)[place::count])
             self.runtime.wait()
             self._check_filled(opened, missing)
             self.current = [rows for _, rows in opened]
-            if missing and self.runtime.rank == 0:
+            if missing and place == 0:
                 self._shrink({f"{file.name}-{view}" for file in self.files})
 
     def _missing_blocks(
@@ -3578,13 +3718,12 @@ class Targets:
 
     def _fill(
         self, opened: Sequence[tuple[np.ndarray, np.ndarray]], missing: Mapping[int, list[int]],
-        view: int,
+        view: int, share: Sequence[int],
     ) -> None:
-        """Compute missing blocks, this process's share of them; every node has its own cache."""
+        """Compute this process's share of the missing blocks. Every node fills a cache, be it one
+        of its own; where nodes share one, they write the same."""
         needed = sorted({self.files[i].model for places in missing.values() for i in places})
         trunks = {self.trunk_keys[m]: self.models[m] for m in needed}
-        place, count = self.runtime.on_node()
-        share = sorted(missing)[place::count]
         with self.runtime.autocast():
             for block, part, features in extract(
                 trunks, self.store, self.indices, self.runtime, view, self.seed, share
@@ -3621,12 +3760,17 @@ class Targets:
 
     def _shrink(self, keep: set[str]) -> None:
         """Delete the oldest files until the cache fits, but for those in use."""
-        files = [path for path in self.folder.iterdir() if path.name != "lock"]
-        excess = sum(path.stat().st_size for path in files) - int(self.store.data.cache_gb * 1e9)
-        for path in sorted(files, key=lambda path: path.stat().st_mtime):
+        files: list[tuple[float, int, Path]] = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # nodes may share the folder
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
+        files = [file for file in files if file[2].name != "lock"]
+        excess = sum(size for _, size, _ in files) - int(self.store.data.cache_gb * 1e9)
+        for _, size, path in sorted(files):
             if excess > 0 and path.name not in keep:
-                excess -= path.stat().st_size
-                path.unlink()
+                excess -= size
+                path.unlink(missing_ok=True)
 
     def answer(self, batch: Batch) -> Ensemble:
         """What the networks say of a batch; mixed images, which no cache can hold, are asked about.
@@ -4280,16 +4424,9 @@ class Training:
         rate = learning_rate(self.train, self.progress.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        accelerator = self.runtime.accelerator
-        for number, part in enumerate(parts):
-            is_last = number == len(parts) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.network):
-                torch.manual_seed(
-                    seed_of(self.job.seed, self.progress.step, self.runtime.rank, number)
-                )
-                self._accumulate(view, total, part)
+        self._backward(view, total, parts)
         if self.job.clip:
-            accelerator.clip_grad_norm_(self.model.parameters(), self.job.clip)
+            self.runtime.accelerator.clip_grad_norm_(self.model.parameters(), self.job.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.job.average:
@@ -4297,6 +4434,17 @@ class Training:
         self.progress.step += 1
         if self.bar is not None:
             self.bar.update()
+
+    def _backward(self, view: int, total: int, parts: Sequence[Part]) -> None:
+        """The gradients of a batch, summed over the processes with its last micro-batch."""
+        for number, part in enumerate(parts):
+            is_last = number == len(parts) - 1
+            no_sync = self.runtime.accelerator.no_sync(self.network)
+            with contextlib.nullcontext() if is_last else no_sync:
+                torch.manual_seed(
+                    seed_of(self.job.seed, self.progress.step, self.runtime.rank, number)
+                )
+                self._accumulate(view, total, part)
 
     def _accumulate(self, view: int, total: int, part: Part) -> None:
         """Add the gradients and figures of a micro-batch."""
@@ -4399,8 +4547,11 @@ class Training:
         self.saved = time.monotonic()
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        state = load_checkpoint(self.job.artefact.work)
+        """Go on from the newest checkpoint, if there is one: the first process says which."""
+        newest = self.runtime.first(lambda: newest_checkpoint(self.job.artefact.work))
+        state = load_checkpoint(newest) if newest else None
+        if state and self.runtime.world > 1:
+            self._settle_buckets(state["progress"]["step"] // self.steps_per_epoch)
         if self.scaler:  # one for the whole process: it must not know of networks before
             self.scaler.load_state_dict(state["scaler"] if state else self.runtime.new_scaler)
         if state:
@@ -4419,6 +4570,18 @@ class Training:
         if self.runtime.rank == 0:
             finished = self.progress.step // self.steps_per_epoch
             cut_losses(self.job.artefact.work, finished, len(self.indices))
+
+    def _settle_buckets(self, epoch: int) -> None:
+        """A backward pass in vain, of a batch of the epoch that goes on.
+
+        After its first one DDP arranges the gradients anew, and their places decide in which order
+        those of three processes or more are added: the run that was killed had that behind it.
+        """
+        if epoch < self.job.num_epochs:
+            view, batch = self.view_of(epoch), self._epoch(epoch)[0]
+            self.job.prepare(view)
+            self._backward(view, len(batch), self._read(view, batch))
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _say_where(self, threads: int) -> None:
         now = torch.get_num_threads()
@@ -4541,12 +4704,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
             shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
     complete = sorted(path for path in folder.glob("[0-9]*") if path.suffix != ".part")
-    if not complete:
-        return None
-    return torch.load(complete[-1] / "state.pt", map_location="cpu", weights_only=True)
+    return complete[-1] if complete else None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
 LOSSES = "losses.f32"  # beside the checkpoints: a row of N numbers for each finished epoch
@@ -4938,13 +5104,18 @@ def ensembles_of(ctx: Context) -> dict[tuple[str, ...], list[str]]:
     return ensembles
 
 
+def all_finished(artefacts: Sequence[Artefact]) -> bool:
+    """Are they all there?"""
+    return all(artefact.standing().state == State.FINISHED for artefact in artefacts)
+
+
 def describe_ensembles(ctx: Context) -> list[dict[str, Any]]:
     """For each ensemble the students that learn from it, and its teachers, if all there is."""
     described = []
     for names in ensembles_of(ctx).values():
         student = ctx.students[names[0]]
         needed = ctx.ensemble(student) + ctx.biased()
-        if all(artefact.standing().state == State.FINISHED for artefact in needed):
+        if ctx.runtime.together().first(functools.partial(all_finished, needed)):
             described.append({"students": names, "teachers": teacher_rows(ctx, student)})
     return described
 
@@ -5523,6 +5694,43 @@ class Sample:
     best: dict[str, Any] = field(default_factory=dict)
 
 
+class Flight:
+    """The samples on their way in one process and the sources to come, kept on disk: which samples
+    pass through the networks together shows in their last digits."""
+
+    def __init__(
+        self, sources: Sequence[int], path: Path | None = None, recorded: Sequence[int] = ()
+    ) -> None:
+        self.queue = list(sources)[::-1]
+        self.samples: list[Sample] = []
+        self.path = path
+        self.recorded = set(recorded)  # sources that a killed run has finished
+        self.saved = -math.inf
+
+    def save_if_late(self) -> None:
+        """Once a minute. What is recorded meanwhile a killed run makes again, and does not
+        record again."""
+        if self.path is None or time.monotonic() - self.saved < 60:
+            return
+        samples = []
+        for sample in self.samples:
+            best = sample.best | {"image": torch.from_numpy(sample.best["image"])}
+            samples.append(vars(sample) | {"best": best})
+        buffer = io.BytesIO()
+        torch.save({"queue": self.queue, "samples": samples}, buffer)
+        write_file(self.path, buffer.getbuffer())
+        self.saved = time.monotonic()
+
+    def restore(self, device: torch.device) -> None:
+        """Go on from what was saved."""
+        assert self.path
+        state = torch.load(self.path, map_location=device, weights_only=True)
+        self.queue = state["queue"]
+        for values in state["samples"]:
+            values["best"]["image"] = values["best"]["image"].cpu().numpy()
+            self.samples.append(Sample(**values))
+
+
 def climb(sample: Sample, gradient: Tensor, settings: Augment) -> None:
     """One step of a sample's latent up its gradient."""
     z, size = sample.z, settings.step_size
@@ -5545,7 +5753,7 @@ def climb(sample: Sample, gradient: Tensor, settings: Augment) -> None:
 
 
 def generate(
-    generator: Generator, judge: Judge, store: Store, sources: Sequence[int], seed: int,
+    generator: Generator, judge: Judge, store: Store, sources: Sequence[int] | Flight, seed: int,
     log: Callable[[dict[str, Any]], None] = lambda figures: None,
 ) -> Iterator[dict[str, Any]]:
     """A record for every source, as soon as it passes or its budget is spent; its `image` is uint8
@@ -5554,8 +5762,11 @@ def generate(
     A sample passes with its first iterate whose 8-bit image has argmax t = y, t_y >= min_teacher,
     f_y <= max_student and a denoising loss within the threshold. Not guided: the first iterate.
     """
-    settings, queue, flight = judge.settings, list(sources)[::-1], list[Sample]()
+    settings = judge.settings
+    under_way = sources if isinstance(sources, Flight) else Flight(sources)
+    queue, flight = under_way.queue, under_way.samples
     while queue or flight:
+        under_way.save_if_late()
         while queue and len(flight) < settings.in_flight:
             flight.append(launch(queue.pop(), generator, store, seed))
         keys = [sample.key for sample in flight]
@@ -5585,7 +5796,7 @@ def generate(
             if over:
                 counts = {"seed": seed, "steps": sample.iteration, "judged": sample.judged}
                 yield sample.best | counts
-        flight = [sample for sample, over in zip(flight, done, strict=True) if not over]
+        flight[:] = [sample for sample, over in zip(flight, done, strict=True) if not over]
 
 
 def latent_gradient(images: Tensor, z: Tensor, upward: Tensor) -> Tensor:
@@ -5792,7 +6003,7 @@ def make_set(
     settings: Augment, artefact: Artefact, seed: int, ctx: Context, runtime: Runtime
 ) -> None:
     """Generate one set: PNGs as they are accepted, a line for each source in records-*.jsonl, at
-    the end metadata.csv and sheet.png. What a killed run had recorded is not made again."""
+    the end metadata.csv and sheet.png. What a killed run had recorded stays."""
     store, folder = ctx.store, artefact.path.parent
     judge = appoint_judge(settings, seed, ctx, runtime)
     source = settings.generator or str(train_generator(ctx, runtime))
@@ -5801,13 +6012,12 @@ def make_set(
     if settings.realism < 1:
         judge.threshold = calibrate(generator, store, settings.realism)
     sources = sources_of(settings, seed, judge, ctx, runtime)
-    recorded = {record["source"] for record in read_records(folder)}
-    runtime.wait()  # all have read before any writes
+    recorded = runtime.first(lambda: [record["source"] for record in read_records(folder)])
     remaining = [int(i) for i in sources if i not in recorded]
     say(f"{artefact.name}: {len(sources):,} sources, {len(remaining):,} to do")
     began = time.monotonic()
-    share = remaining[runtime.rank :: runtime.world]
-    accepted = generate_files(folder, generator, judge, store, share, seed, runtime.rank)
+    flight = begin_flight(artefact, remaining, recorded, runtime)
+    accepted = generate_files(folder, generator, judge, store, flight, seed, runtime.rank)
     spent = generator.evaluations / max(1, accepted)
     runtime.wait()
     runtime.first(lambda: finish_set(artefact, generator, store, source, seed))
@@ -5817,6 +6027,32 @@ def make_set(
         f"{artefact.name}: {count:,} of {len(records):,} accepted, {spent:,.0f} UNet evaluations "
         f"each, {time.monotonic() - began:.0f} s"
     )
+
+
+def begin_flight(
+    artefact: Artefact, remaining: Sequence[int], recorded: Sequence[int], runtime: Runtime
+) -> Flight:
+    """This process's share of the sources, or what was on its way in it when a run was killed, if
+    that had as many processes."""
+    paths = [
+        artefact.work / f"flight-{rank}-of-{runtime.world}.pt" for rank in range(runtime.world)
+    ]
+
+    def is_kept() -> bool:
+        if all(path.is_file() for path in paths):
+            return True
+        for path in artefact.work.glob("flight-*"):
+            path.unlink()
+        return False
+
+    share = remaining[runtime.rank :: runtime.world]
+    flight = Flight(share, paths[runtime.rank], recorded)
+    if runtime.first(is_kept):
+        flight.restore(runtime.device)
+    else:
+        flight.save_if_late()
+    runtime.wait()  # all shares are kept before anything is recorded
+    return flight
 
 
 def appoint_judge(settings: Augment, seed: int, ctx: Context, runtime: Runtime) -> Judge:
@@ -5843,8 +6079,8 @@ def sources_of(
 
 
 def generate_files(
-    folder: Path, generator: Generator, judge: Judge, store: Store, sources: Sequence[int],
-    seed: int, rank: int,
+    folder: Path, generator: Generator, judge: Judge, store: Store, flight: Flight, seed: int,
+    rank: int,
 ) -> int:
     """Write a PNG and a record for each source, as they come; returns how many were accepted."""
     from torch.utils.tensorboard import SummaryWriter
@@ -5854,7 +6090,10 @@ def generate_files(
     with contextlib.ExitStack() as stack:
         board = stack.enter_context(SummaryWriter(folder / "tensorboard" / str(rank)))
         file = stack.enter_context(open(folder / f"records-{rank}.jsonl", "a"))
-        bar = stack.enter_context(progress_bar(label=folder.parent.name, total=len(sources)))
+        total = len(flight.queue) + len(flight.samples)
+        bar = stack.enter_context(progress_bar(label=folder.parent.name, total=total))
+        if file.tell():
+            file.write("\n")  # a kill may have cut the last line
 
         def log(figures: dict[str, Any]) -> None:
             minutes = (time.monotonic() - began) / 60
@@ -5866,7 +6105,10 @@ def generate_files(
             for name, value in (figures | rates).items():
                 board.add_scalar(f"augment/{name}", value, generator.evaluations)
 
-        for record in generate(generator, judge, store, sources, seed, log):
+        for record in generate(generator, judge, store, flight, seed, log):
+            bar.update()
+            if record["source"] in flight.recorded:
+                continue
             content = io.BytesIO()
             Image.fromarray(record.pop("image").transpose(1, 2, 0)).save(content, "png")
             prefix = "" if record["accepted"] else "rejected-"
@@ -5877,7 +6119,6 @@ def generate_files(
             finished += 1
             accepted += record["accepted"]
             bar.set_postfix(accepted=accepted, refresh=False)
-            bar.update()
     return accepted
 
 
@@ -6028,7 +6269,7 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
     """Score every model found, or those named, by group; write results.json, report.md, figure."""
     models, left_out = [Scored(str(path), str(path), path) for path in paths], list[str]()
     if not paths:
-        models, left_out = find_models(ctx)
+        models, left_out = ctx.runtime.together().first(lambda: find_models(ctx))
     if not models:
         raise Problem(
             f"{ctx.out} holds no model of this recipe: train them with `python grokd.py run "
@@ -7391,11 +7632,11 @@ def measure_set(
     for iterations, chosen in ((1, sources[:1]), (0, sources), (2, sources)):  # the first warms up
         judge.settings = replace(settings, iterations=iterations, max_student=0.0)
         began = now(device)
-        generate_files(folder, generator, judge, store, chosen, seed, 0)
+        generate_files(folder, generator, judge, store, Flight(chosen), seed, 0)
         times.append((now(device) - began) / len(chosen))
     record = folder_bytes(folder) - sum(path.stat().st_size for path in folder.glob("*.png"))
     judge.settings = replace(settings, guided=False)
-    generate_files(folder, generator, judge, store, sources[:16], seed, 0)
+    generate_files(folder, generator, judge, store, Flight(sources[:16]), seed, 0)
     began = now(device)
     finish_set(artefact, generator, store, source, seed)
     setup += now(device) - began
@@ -8289,6 +8530,50 @@ def check_resume(ctx: Context) -> None:
         raise Problem(f"--resume: nothing of it was begun in {ctx.out}: start without the flag.")
 
 
+def agreed_settings(ctx: Context) -> dict[str, Any]:
+    """What all processes of a command must have alike: data, recipe and flags."""
+    recipe, common = ctx.recipe, ctx.common
+    sections = [("teachers", recipe.teachers), ("bias-model", recipe.bias_model)]
+    sections += [("diffusion", recipe.diffusion), ("eval", recipe.eval)]
+    sections += [*recipe.students.items(), *recipe.augments.items()]
+    settings = {
+        f"{name}: {key}": value
+        for name, section in sections for key, value in flatten(section).items()
+    }
+    settings |= {key: getattr(common, key) for key in ("seeds", "parallel", "redo")}
+    return settings | {"makes": ctx.makes, "precision": ctx.runtime.precision} | ctx.data_settings
+
+
+def check_processes(ctx: Context) -> None:
+    """Raise Problem, on all processes, if one has other data, settings or results than the first.
+
+    A disk of each node will do for Data.store, but not for --out, through which models pass.
+    """
+    runtime, settings = ctx.runtime.together(), agreed_settings(ctx)
+    if runtime.world == 1:
+        return
+
+    def show() -> tuple[str, dict[str, Any]]:
+        name = f".process-{secrets.token_hex(4)}"
+        write_file(ctx.out / name, "")
+        return name, settings
+
+    name, settings_of_first = runtime.first(show)
+    told = ""
+    if changes := differences(settings_of_first, settings):
+        told = f"differs from the first one (→): {textwrap.shorten(changes, 300)}. Start all alike."
+    elif not (ctx.out / name).is_file():
+        told = (
+            f"does not see in {ctx.out} what the first one wrote: models pass through that folder, "
+            "so name one as --out that all nodes share. Data.store may be a disk of each node."
+        )
+    answers = gather_object([told])
+    runtime.first((ctx.out / name).unlink)  # before any of them ends
+    for process, answer in enumerate(answers):
+        if answer:
+            raise Problem(f"Process {process} {answer}")
+
+
 def run_stages(ctx: Context) -> None:
     """Distil students and make sets of images, in the order in which they need each other."""
     students = ctx.recipe.students if "distill" in ctx.makes else {}
@@ -8324,22 +8609,23 @@ def command_line(argv: Sequence[str]) -> None:
         check_generators(recipe, Path(common.out))
     began = time.monotonic()
     runtime = Runtime.start(common.precision)
-    find_store = counted_store if own.dry_run else open_store
-    store = find_store(recipe.data, recipe.root)
-    check_attributes(recipe, store)
-    makes = ["teachers", "bias-model", "distill", "augment"] if command == "run" else [command]
-    ctx = Context(
-        name, recipe, store, Path(common.out), runtime, common, makes,
-        students={**loaded.students, **recipe.students},
-        sets={**loaded.augments, **recipe.augments},
-    )
-    if common.resume and command != "eval":
-        check_resume(ctx)
-    if own.dry_run:
-        dry_run(ctx)
-        runtime.accelerator.end_training()
-        return
-    work(command, ctx, own.models)
+    with watched(runtime.accelerator):
+        find_store = counted_store if own.dry_run else open_store
+        store = find_store(recipe.data, recipe.root)
+        check_attributes(recipe, store)
+        makes = ["teachers", "bias-model", "distill", "augment"] if command == "run" else [command]
+        ctx = Context(
+            name, recipe, store, Path(common.out), runtime, common, makes,
+            students={**loaded.students, **recipe.students},
+            sets={**loaded.augments, **recipe.augments},
+        )
+        if own.dry_run:
+            dry_run(ctx)
+            return
+        check_processes(ctx)
+        if common.resume and command != "eval":
+            check_resume(ctx)
+        work(command, ctx, own.models)
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory"
     if torch.cuda.is_available():
         memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"

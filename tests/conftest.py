@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--no-skips", action="store_true", help="fail on skipped tests where the data are present"
     )
+    parser.addoption("--record", default="", help="file for what kills of single processes did")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -319,7 +319,9 @@ def test_float16_scales_losses_skips_steps_and_says_when_none_is_left(store: Sto
         training.progress.step = 20
         training.check_loss()
         training.save()
-        state = grokd.load_checkpoint(training.job.artefact.work)
+        newest = grokd.newest_checkpoint(training.job.artefact.work)
+        assert newest
+        state = grokd.load_checkpoint(newest)
         assert state["scaler"]["scale"] == 2.0**59
 
         training.scaler.update(2.0**-30)

@@ -1,15 +1,21 @@
 """Several processes on the CPU: the same figures, and where promised the same bits, as one."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Run, write_images
+from kills import Ended, Herd
 from safetensors.torch import load_file
 
 import grokd
@@ -111,3 +117,273 @@ def test_every_stage_works_under_a_launcher(tmp_path: Path, launcher: list[str])
     printed = processes(launcher, "run", "tiny.py", *more, cwd=folder)
     assert printed.count("| deep ensemble of one-hot-dfr ") == 1  # by one process alone
     assert (folder / "runs" / "tiny" / "groups.png").stat().st_size > 10_000
+
+
+# One process is killed (kill -9), and no launcher stops the others, as on another node
+
+
+KILLS = """
+import grokd
+often = grokd.replace(train, checkpoint_minutes=1e-9)
+recipe = grokd.replace(
+    recipe, seeds=(0,), students={"agre": grokd.replace(student, head="dfr", train=often)},
+    teachers=grokd.replace(recipe.teachers, train=often),
+    bias_model=grokd.BiasModel("erm", arch="cnn2", weights="random", train=often),
+)
+"""
+SETS = """
+recipe = grokd.replace(
+    recipe,
+    diffusion=grokd.Diffusion(epochs=2, batch_size=8, widths=(8, 16), num_timesteps=50,
+                              checkpoint_minutes=1e-9),
+    augments={"config": grokd.Augment(student="agre", steps=2, iterations=2, min_teacher=0.0,
+                                      max_student=1.0, in_flight=2, count=12)},
+)
+"""
+OUT = Path("runs") / "tiny"
+
+
+@pytest.fixture(scope="module")
+def herd() -> Iterator[Herd]:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    herd = Herd()
+    yield herd
+    herd.close()
+
+
+def folder_of_kills(folder: Path, more: str = "") -> Path:
+    """The tiny data set, and a recipe with many checkpoints."""
+    write_images(folder)
+    with open(folder / "tiny.py", "a") as recipe:
+        recipe.write(KILLS + more)
+    return folder
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What a run made, as far as it must not depend on kills."""
+    made: dict[str, Any] = {}
+    for name, path in files(folder / OUT).items():
+        made |= {f"{name} {key}": value.numpy().tobytes() for key, value in load_file(path).items()}
+    for path in [*(folder / OUT / "augmented").rglob("*.png"), *(folder / OUT).rglob("*.csv")]:
+        made[str(path.relative_to(folder))] = path.read_bytes()
+    for path in (folder / OUT).glob("results.json"):
+        made["rows"] = json.loads(path.read_text())["rows"]
+    return made
+
+
+def assert_ended(ended: Ended, killed: int) -> None:
+    """The others end in the same minute, with one line."""
+    for rank, code in enumerate(ended.codes):
+        if rank == killed:
+            assert code == -9
+        else:
+            assert code == 1, (ended.printed[rank], ended.errors[rank])
+            line, = ended.lines(rank)
+            assert line.startswith("error: another process of this command has ended")
+    assert ended.seconds < 60
+
+
+def test_killed_again_and_again_on_one_rank_and_stale_files_leave_the_bits_as_they_are(
+    tmp_path: Path, herd: Herd
+) -> None:
+    """Against a run undisturbed, on two nodes whose stores and target caches are their own."""
+    whole = folder_of_kills(tmp_path / "whole")
+    ended = herd.run(whole, 2, "run", "tiny.py", "--data.store", "store{rank}")
+    assert ended.codes == [0, 0], ended.errors
+    caches = [{path.name: path.read_bytes() for path in (whole / name / "targets").glob("*-*")}
+              for name in ("store0", "store1")]
+    assert caches[0] and caches[0] == caches[1]
+
+    killed = folder_of_kills(tmp_path / "killed")
+    for rank, place in enumerate(("store", "head", "target cache", "training")):
+        ended = herd.run(killed, 2, "run", "tiny.py", place=place, rank=rank % 2)
+        assert_ended(ended, rank % 2)
+    ended = herd.run(killed, 2, "run", "tiny.py", place="stale", rank=1)
+    assert ended.codes == [0, 0], ended.errors
+    assert "students/agre/seed0/model: goes on at step 2 of 4" in ended.printed[0]
+    assert content(whole) == content(killed)
+    assert not [*killed.rglob("*.part*"), *killed.rglob(".process*")]
+
+
+def test_process_with_models_of_its_own_ends_when_another_is_killed(
+    tmp_path: Path, herd: Herd
+) -> None:
+    folder = folder_of_kills(tmp_path)
+    flags = ["--parallel", "models", "--epochs", "100_000"]
+    assert_ended(herd.run(folder, 2, "teachers", "tiny.py", *flags, place="training", rank=1), 1)
+
+
+def test_problem_of_one_process_ends_all_with_its_line(tmp_path: Path, herd: Herd) -> None:
+    folder = folder_of_kills(tmp_path)
+    for rank, change in enumerate((b"", b"broken")):
+        write_images(folder / f"root{rank}")
+        path = folder / f"root{rank}" / "train000.png"
+        path.write_bytes(change or path.read_bytes())
+    ended = herd.run(folder, 2, "teachers", "tiny.py", "--root", "root{rank}")
+    for rank, code in enumerate(ended.codes):
+        line, = ended.lines(rank)
+        assert code == 1 and line.startswith("error: 1 images cannot be read: root1/train000.png")
+
+
+@pytest.mark.parametrize("flag, told", [
+    ("--out=results{rank}", "does not see in results1 what the first one wrote: models pass"),
+    ("--lr=0.{rank}1", "differs from the first one (→): bias-model: lr 0.01 → 0.11. Start"),
+])
+def test_processes_that_cannot_work_together_are_told_so(
+    images: Path, herd: Herd, flag: str, told: str
+) -> None:
+    ended = herd.run(images, 2, "bias-model", "tiny.py", "--kind", "erm", flag)
+    for rank in (0, 1):
+        line, = ended.lines(rank)
+        assert f"error: Process 1 {told}" in line or rank == 0
+    assert ended.codes == [1, 1]
+    assert not [*images.rglob("*.safetensors"), *images.rglob(".process*")]
+
+
+def test_process_whose_others_do_not_come_does_not_wait_for_ever(images: Path, herd: Herd) -> None:
+    ended = herd.run(images, 2, "teachers", "tiny.py", place="alone")
+    line, = ended.lines(0)
+    assert line.startswith("error: 2 processes are to work together, and some did not come within")
+    assert ended.codes == [1, 0] and ended.seconds < 60
+
+
+# Disks without locks
+
+
+def test_processes_build_one_store_where_there_are_no_locks(images: Path, herd: Herd) -> None:
+    flags = ["--kind", "erm", "--epochs", "1"]
+    ended = herd.run(images, 2, "bias-model", "tiny.py", *flags, place="no locks")
+    assert ended.codes == [0, 0], ended.errors
+    for printed in ended.printed:
+        assert printed.count("warning: the file system has no locks (No locks available)") == 1
+    stores = [path.parent for path in (images / "store").glob("*/manifest.json")]
+    assert len(stores) == 1 and not [*images.rglob("*.part*")]
+
+
+def test_a_store_that_another_process_has_built_meanwhile_is_taken(images: Path) -> None:
+    recipe = grokd.load_recipe(str(images / "tiny.py"))
+    rows = grokd.read_rows(recipe.data, str(images))
+    for _ in range(2):
+        grokd.build_store(rows, recipe.data, images / "store" / "key", encoded=False)
+    assert [path.name for path in (images / "store").iterdir()] == ["key"]
+
+
+def test_other_failures_of_a_lock_are_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="broken disk"), grokd.locked(tmp_path / "lock"):
+        pass
+
+
+def test_no_view_of_a_mapped_file_is_uploaded(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload may not have ended when it returns, and pages of a map may not be pinned."""
+    monkeypatch.chdir(images)
+    data = grokd.load_recipe("tiny.py").data
+    store = grokd.open_store(data, ".")
+    uploaded: list[torch.Tensor] = []
+
+    def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        uploaded.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(grokd, "pinned", pinned)
+    runtime = grokd.Runtime.start("float32")
+    everything = np.arange(len(store.labels))
+    store.read(everything, runtime.device)
+    store.read(everything[:3], runtime.device, view=1)
+    network = grokd.build_model("cnn2", "random", 2, grokd.Input(), 0)
+    targets = grokd.Targets([network], 1, store, {}, runtime, 0, pooled=True)
+    targets.prepare(0)
+    targets.logits(np.arange(4))
+    targets.pooled(np.arange(4))
+    maps = [store.images, *targets.current]
+    assert len(uploaded) >= 6
+    for tensor in uploaded:
+        assert not any(np.may_share_memory(tensor.numpy(), each) for each in maps)
+
+
+@pytest.mark.slow
+def test_under_a_launcher_the_line_stands_above_its_report(tmp_path: Path) -> None:
+    folder = folder_of_kills(tmp_path)
+    command = [*TWO, str(ROOT / "tests" / "kills.py"), "training", "1", "teachers", "tiny.py"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode
+    assert done.stderr.count("error: another process of this command has ended") == 1
+    assert "[rank0]" not in done.stderr  # as torch marks a traceback; the launcher prints its own
+    processes(TWO, "teachers", "tiny.py", cwd=folder)
+
+
+# The whole table: every command, every place, two processes and three
+
+
+MAKES = {
+    "teachers": ("teachers",), "bias-model": ("bias-model",), "distill": ("students",),
+    "augment": ("augmented", "generator"), "eval": (),
+    "run": ("teachers", "bias-model", "students", "augmented", "generator"),
+}
+PLACES = {
+    "teachers": ("store", "training", "head"), "bias-model": ("store", "training"),
+    "distill": ("store", "training", "target cache", "head"),
+    "augment": ("store", "training", "images"), "eval": ("store", "evaluation"),
+    "run": ("store", "training", "target cache", "head", "images", "evaluation"),
+}
+CASES = [(number, command, place) for number in (2, 3)
+         for command, places in PLACES.items() for place in places]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory, herd: Herd) -> dict[int, Path]:
+    """Undisturbed runs, by the number of processes."""
+    folders = {}
+    for number in (2, 3):
+        folders[number] = folder_of_kills(tmp_path_factory.mktemp("whole") / "images", SETS)
+        ended = herd.run(folders[number], number, "run", "tiny.py")
+        assert ended.codes == [0] * number, ended.errors
+    return folders
+
+
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest) -> Iterator[list[list[str]]]:
+    """Rows of the record that --record names."""
+    rows: list[list[str]] = []
+    command = "pytest -n 0 -m slow tests/test_processes.py --record recipes/measured/kills.json"
+    about = grokd.origin(3) | {"command": command}
+    yield rows
+    if path := request.config.getoption("--record"):
+        header = ["command", "processes", "rank killed", "killed in", "others ended", "same bits"]
+        results = {"about": about, "header": header, "rows": rows}
+        Path(path).write_text(json.dumps(results, indent=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", range(len(CASES)), ids=["-".join(map(str, c)) for c in CASES])
+def test_command_killed_on_one_rank_ends_with_the_same_bits(
+    place: int, tmp_path: Path, herd: Herd, references: dict[int, Path], record: list[list[str]]
+) -> None:
+    number, command, where = CASES[place]
+    rank = place % number
+    folder = shutil.copytree(references[number], tmp_path / "images")
+    for name in MAKES[command]:
+        shutil.rmtree(folder / OUT / name)
+    for path in (folder / OUT).glob("results.json"):
+        path.unlink()
+    shutil.rmtree(folder / "store" if where == "store" else folder / "store" / "targets")
+    ended = herd.run(folder, number, command, "tiny.py", place=where, rank=rank)
+    again = herd.run(folder, number, command, "tiny.py")
+    assert again.codes == [0] * number, again.errors
+    expected = content(references[number])
+    if command not in ("run", "eval"):
+        del expected["rows"]
+    same = content(folder) == expected
+    seconds = f"{ended.seconds:.1f} s"
+    record.append([command, str(number), str(rank), where, seconds, "yes" if same else "no"])
+    assert_ended(ended, rank)
+    assert same
