@@ -11,8 +11,8 @@ teacher was spoilt.
 Students of one ensemble share what its teachers learnt, so the published table has an ensemble for
 every seed; settings are those of the digits recipe:
 
-    python recipes/measured/ensembles.py where_it_pays --seeds 200 210 220 230 240 250 260 270 \
-        280 290 --save recipes/measured/where_it_pays.json
+    python recipes/measured/ensembles.py where_it_pays --seeds 200 210 220 230 240 \\
+        --save recipes/measured/where_it_pays.json
     python recipes/measured/gains.py summary
 
 `where_it_pays:rules` has other rules for what a teacher's merit makes of its weight. Departure's
