@@ -318,7 +318,6 @@ def test_under_a_launcher_the_line_stands_above_its_report(tmp_path: Path) -> No
     assert done.returncode
     assert done.stderr.count("error: another process of this command has ended") == 1
     assert "[rank0]" not in done.stderr  # as torch marks a traceback; the launcher prints its own
-    processes(TWO, "teachers", "tiny.py", cwd=folder)
 
 
 # The whole table: every command, every place, two processes and three
