@@ -373,8 +373,9 @@ class Teachers:
     # one of cnn2, resnet8, resnet8_gn (16 to 32 pixels), or clip:..., as recipes/clip_teacher.py
     # prints it. Several are dealt out in turn.
     arch: tuple[str, ...] = ("resnet50",)
-    # Initial weights: random, a name of torchvision's (DEFAULT, IMAGENET1K_V2 ...) or a file of
-    # yours (.safetensors, .pth). Several are dealt out in turn. With --epochs 0 they stay.
+    # Initial weights: random, DEFAULT (torchvision's or timm's), another name of torchvision's
+    # (IMAGENET1K_V2) or a file of yours (.safetensors, .pth). Several are dealt out in turn. With
+    # --epochs 0 they stay.
     weights: Annotated[tuple[str, ...], Mark.CONTENT] = ("DEFAULT",)
     # Teachers that are finished, by number: their weights stay, only their heads are refitted. The
     # classes of such a file are those of the data, in their order.
@@ -410,7 +411,8 @@ class BiasModel:
     stop_after: Annotated[Count, When(kind="early-stopped")] = 1
     # Architecture, as a teacher's. AGRE-KD found the choice to matter little.
     arch: Annotated[str, When(kind=Not("teacher"))] = "resnet50"
-    # Initial weights: random, a name of torchvision's, or a file of yours.
+    # Initial weights: random, DEFAULT (torchvision's or timm's), another name of torchvision's, or
+    # a file of yours.
     weights: Annotated[str, Mark.CONTENT, When(kind=Not("teacher"))] = "DEFAULT"
     seed: Annotated[Natural, When(kind=Not("teacher"))] = 0  # Seed of its training.
     input: Annotated[Input, FLAT, When(kind=Not("teacher"))] = Input()
@@ -504,7 +506,8 @@ class Distill:
     # Architecture, by torchvision's name, by timm's (timm:convnextv2_tiny; needs the extra timm) or
     # one of cnn2, resnet8, resnet8_gn (16 to 32 pixels).
     arch: str = "resnet18"
-    # Initial weights: random, a name of torchvision's, or a file of yours.
+    # Initial weights: random, DEFAULT (torchvision's or timm's), another name of torchvision's, or
+    # a file of yours.
     weights: Annotated[str, Mark.CONTENT, When(start="")] = "DEFAULT"
     # Train on this set of generated images too.
     augmented: Annotated[str, Names("augments")] = ""
@@ -3191,12 +3194,14 @@ def timm_input(arch: str, weights: str, input: Input) -> Input:
 
     The size is that of training, a few test at a larger one; crop share and interpolation are ours.
     """
-    network = plain_network(arch, 1)
+    timm = import_timm(arch)
+    network = timm.get_pretrained_cfg(timm_name(arch)).to_dict()
+    config = timm.data.resolve_data_config(pretrained_cfg=network)
+    side = config["input_size"][-1]
     if weights == "random":
-        return replace(input, input_size=input.input_size or fixed_side(network))
-    config = import_timm(arch).data.resolve_model_data_config(network)
-    side = input.input_size or config["input_size"][-1]
-    return Input(side, tuple(config["mean"]), tuple(config["std"]))
+        fixed = side if network["fixed_input_size"] else 0
+        return replace(input, input_size=input.input_size or fixed)
+    return Input(input.input_size or side, tuple(config["mean"]), tuple(config["std"]))
 
 
 def timm_weights(arch: str, name: str) -> Mapping[str, Tensor]:
@@ -3421,13 +3426,14 @@ def layers_by_stride(model: Classifier, side: int) -> dict[str, str]:
     """Paths of the last outputs at stride 4, 8, 16, 32, of those modules that put out maps; where
     timm lists its network's, of those."""
     paths: dict[str, str] = {}
-    listed = timm_layers(model.trunk)
+    listed, of_list = timm_layers(model.trunk), dict[str, str]()
     seen = model.input.input_size or side  # by the network
 
     def note(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
-            listed.pop(path, None)
             return
+        if path in listed:
+            of_list[listed[path]] = path
         if output.ndim != 4:
             return
         height, width = as_map(output).shape[-2:]
@@ -3447,19 +3453,17 @@ def layers_by_stride(model: Classifier, side: int) -> dict[str, str]:
     look(model, side)
     for hook in hooks:
         hook.remove()
-    return paths | {layer: path for path, layer in listed.items()}
+    return paths | of_list
 
 
 def timm_layers(network: nn.Module) -> dict[str, str]:
-    """Of a network of timm's, layer1 to layer4 by the paths that timm lists at stride 4 to 32."""
+    """Of a network of timm's, the paths that it lists at stride 4 to 32 -> layer1 to layer4."""
     listed = getattr(network, "feature_info", []) if timm_config(network) else []
-    present = dict(network.named_modules())
-    layers = {}
-    for entry in listed:
-        layer = f"layer{round(math.log2(entry['reduction'])) - 1}"
-        if layer in LAYERS and entry["module"] in present:
-            layers[f"trunk.{entry['module']}"] = layer
-    return layers
+    layers = {
+        f"trunk.{entry['module']}": f"layer{round(math.log2(entry['reduction'])) - 1}"
+        for entry in listed
+    }
+    return {path: layer for path, layer in layers.items() if layer in LAYERS}
 
 
 def look(model: Classifier, side: int) -> None:
@@ -4397,9 +4401,14 @@ class Training:
     def batches(self, epoch: int) -> Iterator[tuple[np.ndarray, list[Part]]]:
         """What is left of an epoch: total batches, with this process's micro-batches, ahead."""
         done = self.progress.step - epoch * self.steps_per_epoch
-        read = functools.partial(self._read, self.view_of(epoch))
+        return self._ahead(self.view_of(epoch), self._epoch(epoch)[done:])
+
+    def _ahead(
+        self, view: int, batches: Sequence[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, list[Part]]]:
+        """Batches of a view, with this process's micro-batches, which are read ahead."""
         readers = self.runtime.num_readers(store_bytes(1, self.job.store.data.size))
-        return prefetch(self._epoch(epoch)[done:], read, readers)
+        return prefetch(batches, functools.partial(self._read, view), readers)
 
     def _read(self, view: int, batch: np.ndarray) -> list[Part]:
         """This process's micro-batches: all that a step would else have to wait for."""
@@ -5104,9 +5113,11 @@ def ensembles_of(ctx: Context) -> dict[tuple[str, ...], list[str]]:
     return ensembles
 
 
-def all_finished(artefacts: Sequence[Artefact]) -> bool:
-    """Are they all there?"""
-    return all(artefact.standing().state == State.FINISHED for artefact in artefacts)
+def all_finished(artefacts: Sequence[Artefact], ctx: Context) -> bool:
+    """Are they all there? The first process looks, for all."""
+    return ctx.runtime.together().first(
+        lambda: all(artefact.standing().state == State.FINISHED for artefact in artefacts)
+    )
 
 
 def describe_ensembles(ctx: Context) -> list[dict[str, Any]]:
@@ -5115,7 +5126,7 @@ def describe_ensembles(ctx: Context) -> list[dict[str, Any]]:
     for names in ensembles_of(ctx).values():
         student = ctx.students[names[0]]
         needed = ctx.ensemble(student) + ctx.biased()
-        if ctx.runtime.together().first(functools.partial(all_finished, needed)):
+        if all_finished(needed, ctx):
             described.append({"students": names, "teachers": teacher_rows(ctx, student)})
     return described
 
@@ -6375,7 +6386,7 @@ def inferred_parts(ctx: Context) -> Inferred:
     if not used and store.num_attributes > 1:
         return Inferred("", {})
     groups = used[0] if used else "inferred"
-    if not all(each.standing().state == State.FINISHED for each in ctx.biased()):
+    if not all_finished(ctx.biased(), ctx):
         return Inferred(groups, {}, "the biased model is not there")
     cells: dict[str, np.ndarray] = {}
     for part in dict.fromkeys((recipe.eval.split, "selection")):
@@ -6588,7 +6599,7 @@ def analyse(models: Sequence[Scored], ctx: Context) -> list[dict[str, Any]]:
     for model in models:
         if model.row in ctx.students and model.name.startswith("students/"):
             frozen = frozen_networks(ctx.students[model.row], ctx)
-            if all(each.standing().state == State.FINISHED for each in frozen):
+            if all_finished(frozen, ctx):
                 parents[model.name] = frozen
     students = [model for model in models if model.name in parents]
     needed = {each.name: each.path for artefacts in parents.values() for each in artefacts}
@@ -7557,7 +7568,7 @@ def timed_epoch(training: Training, seconds: float) -> tuple[float, float]:
     training.steps_per_epoch = len(batches)  # `check_loss` waits for a GPU no more than in the run
     job.prepare(0)
     began = now(device)
-    for batch, parts in prefetch(batches, functools.partial(training._read, 0)):
+    for batch, parts in training._ahead(0, batches):
         training.step(0, len(batch), parts)
         training.check_loss()
         count += 1
@@ -7602,8 +7613,7 @@ def measure_training(build: Callable[[], Job], ctx: Context) -> Pace:
         save_model(network, artefact, ctx, {})
         finish = now(device) - began
         history += len(json.dumps(training.progress.history[-1], indent=1))
-    num_validated = len(job.store.split("selection")) or len(job.store.split("val"))
-    between = max(0.0, epoch - num_validated * predict_time)
+    between = max(0.0, epoch - len(choosing_part(job.store)) * predict_time)
     setup = max(0.0, warm - WARM_UP * step - epoch)
     weights = artefact.path.stat().st_size if artefact.path.is_file() else 0
     shutil.rmtree(artefact.work)
@@ -7804,7 +7814,7 @@ class DryRun:
     @property
     def num_validated(self) -> int:
         """Images that `validate` predicts."""
-        return len(self.store.split("selection")) or len(self.store.split("val"))
+        return len(choosing_part(self.store))
 
     def count_training(self, stage: Stage, pace: Pace, course: Course) -> None:
         """A training, or the rest of one that was begun."""
@@ -7837,7 +7847,8 @@ class DryRun:
         for i in range(section.num_teachers):
             arch = section.of(i).arch[0]
             stage, artefact = self.stage(f"teachers {arch}"), self.ctx.teacher(i, "erm")
-            heads, head = self.stage(f"{self.store.refit_name} heads"), self.ctx.teacher(i, "dfr")
+            heads = self.stage(f"{refit_name(section.dfr, self.store)} heads")
+            head = self.ctx.teacher(i, "dfr")
             if self.is_due(artefact):
                 pace, train = self.teacher_pace(i), section.train
                 stage.to_make += 1
@@ -8549,9 +8560,10 @@ def check_processes(ctx: Context) -> None:
 
     A disk of each node will do for Data.store, but not for --out, through which models pass.
     """
-    runtime, settings = ctx.runtime.together(), agreed_settings(ctx)
+    runtime = ctx.runtime.together()
     if runtime.world == 1:
         return
+    settings = agreed_settings(ctx)
 
     def show() -> tuple[str, dict[str, Any]]:
         name = f".process-{secrets.token_hex(4)}"

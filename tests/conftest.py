@@ -84,6 +84,23 @@ recipe = Recipe(
 '''
 
 
+# Behind RECIPE: two sets of generated images; the students `kd` and others are the tests' own.
+SETS_OF_IMAGES = '''
+import grokd
+
+kd = grokd.replace(student, weighting="average")
+recipe = grokd.replace(
+    recipe, seeds=(0,), diffusion=grokd.Diffusion(epochs=2, widths=(8, 16), num_timesteps=50),
+    data=grokd.replace(recipe.data, size=16, crop=12),
+    augments={
+        "config": grokd.Augment(student="kd", steps=2, iterations=3, min_teacher=0.0,
+                                max_student=1.0, in_flight=4),
+        "plain": grokd.Augment(student="kd", steps=2, guided=False, like="config"),
+    },
+)
+'''
+
+
 def write_images(folder: Path, per_group: int = 4, splits: tuple[str, ...] = ()) -> Path:
     """Small PNGs of two classes and two places, with metadata.csv, and a recipe tiny.py."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run, write_images
+from conftest import ROOT, SETS_OF_IMAGES, Run, write_images
 from PIL import Image
 from test_processes import TWO, processes
 from torch import Tensor
@@ -310,27 +310,15 @@ def test_generated_images_join_the_training_set(store: Store) -> None:
     assert (union.counts("test") == store.counts("test")).all()
 
 
-SETS = '''
-import grokd
-
-kd = grokd.replace(student, weighting="average")
-recipe = grokd.replace(
-    recipe, seeds=(0,), diffusion=grokd.Diffusion(epochs=2, widths=(8, 16), num_timesteps=50),
-    data=grokd.replace(recipe.data, size=16, crop=12),
-    augments={
-        "config": grokd.Augment(student="kd", steps=2, iterations=3, min_teacher=0.0,
-                                max_student=1.0, in_flight=4),
-        "plain": grokd.Augment(student="kd", steps=2, guided=False, like="config"),
-    },
-    students={
-        "kd-config": grokd.replace(kd, augmented="config", augmented_ratio=0.5),
-        "kd-plain": grokd.replace(kd, augmented="plain", start="kd"),
-        "helper": grokd.replace(kd, weighting="one-hot", augmented="config"),
-        "both": grokd.replace(kd, augmented="config", rebalance="tab", helper="helper"),
-        "tab": grokd.replace(kd, rebalance="tab"),
-        "kd": kd,
-    },
-)
+SETS = SETS_OF_IMAGES + '''
+recipe = grokd.replace(recipe, students={
+    "kd-config": grokd.replace(kd, augmented="config", augmented_ratio=0.5),
+    "kd-plain": grokd.replace(kd, augmented="plain", start="kd"),
+    "helper": grokd.replace(kd, weighting="one-hot", augmented="config"),
+    "both": grokd.replace(kd, augmented="config", rebalance="tab", helper="helper"),
+    "tab": grokd.replace(kd, rebalance="tab"),
+    "kd": kd,
+})
 '''
 
 

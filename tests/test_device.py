@@ -695,6 +695,19 @@ def test_shared_compiled_student_with_taps_and_micro_batches_equals_one_alone(
 CHECK = ROOT / "recipes" / "measured" / "gpu_check.py"
 
 
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The program as a module."""
+    monkeypatch.syspath_prepend(CHECK.parent)
+    return importlib.import_module("gpu_check")
+
+
+@pytest.fixture
+def place(check: Any, tmp_path: Path) -> Any:
+    """Where its checks work."""
+    return check.Place(tmp_path, cpu=True, quick=True, num_processes=2)
+
+
 def test_check_of_gpus_passes_on_the_cpu(tmp_path: Path) -> None:
     """The same code as on a GPU, with tiny networks."""
     save = tmp_path / "checked.json"
@@ -717,12 +730,8 @@ def test_check_of_gpus_passes_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_checks_that_fail_are_one_line_each_and_stop_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    check: Any, place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(CHECK.parent)
-    check: Any = importlib.import_module("gpu_check")
-    place = check.Place(tmp_path, cpu=True, quick=True, num_processes=2)
-
     def refused() -> None:
         raise Problem("no such\nluck")
 
@@ -742,11 +751,8 @@ def test_checks_that_fail_are_one_line_each_and_stop_no_other(
 
 
 def test_loss_far_from_that_of_float32_fails_a_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    check: Any, place: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(CHECK.parent)
-    check: Any = importlib.import_module("gpu_check")
-    place = check.Place(tmp_path, cpu=True, quick=True, num_processes=2)
     for out, loss in (("float32", 0.5), ("near", 0.52), ("far", 0.6), ("none", float("nan"))):
         folder = tmp_path / "runs" / out / "students/average/seed0"
         folder.mkdir(parents=True)

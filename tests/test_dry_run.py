@@ -8,30 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT, write_images
+from conftest import ROOT, SETS_OF_IMAGES, write_images
 
 import grokd
 from grokd import DryRun, Problem
 
-SETS = '''
-import grokd
-
-kd = grokd.replace(student, weighting="average")
-recipe = grokd.replace(
-    recipe, seeds=(0,), diffusion=grokd.Diffusion(epochs=3, widths=(8, 16), num_timesteps=50),
-    data=grokd.replace(recipe.data, size=16, crop=12),
-    augments={
-        "config": grokd.Augment(student="kd", steps=2, iterations=3, min_teacher=0.0,
-                                max_student=1.0, in_flight=4),
-        "plain": grokd.Augment(student="kd", steps=2, guided=False, like="config"),
-    },
-    students={
-        "kd": kd,
-        "kd-config": grokd.replace(kd, augmented="config", augmented_ratio=0.5),
-        "kd-plain": grokd.replace(kd, augmented="plain", start="kd"),
-        "tab": grokd.replace(kd, rebalance="tab"),
-    },
-)
+SETS = SETS_OF_IMAGES.replace("epochs=2", "epochs=3") + '''
+recipe = grokd.replace(recipe, students={
+    "kd": kd,
+    "kd-config": grokd.replace(kd, augmented="config", augmented_ratio=0.5),
+    "kd-plain": grokd.replace(kd, augmented="plain", start="kd"),
+    "tab": grokd.replace(kd, rebalance="tab"),
+})
 '''
 
 
@@ -121,6 +109,12 @@ def test_dry_run_foretells_the_run_and_counts_nothing_twice(
     redone = run(folder, monkeypatch, "--redo")
     assert listing(folder) == before  # nothing is deleted
     assert [stage.to_make for stage in redone.stages.values()][1:3] == [1, 2]
+
+
+def test_heads_are_named_as_the_run_names_them(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "AFR heads" in run(images, monkeypatch, "--teachers.dfr.method", "afr").stages
 
 
 def test_generated_images_are_counted_and_their_generator(

@@ -340,6 +340,28 @@ def test_synchronised_norms_keep_timms_activations(timm: Any) -> None:
     torch.testing.assert_close(model(PIXELS), before)
 
 
+class Masked(nn.Module):
+    """A constant of five dimensions, which tracing keeps as a buffer, as of Swin's attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[:, :, None, None, None] + torch.zeros(1, 1, 1, 7, 7)).mean((2, 3, 4))
+
+
+class Counting(nn.Module):
+    """Sizes as numbers, which cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : int(x.shape[1])]
+
+
+@pytest.mark.parametrize("layer", [Masked(), Counting()])
+def test_network_that_cannot_be_folded_stays_as_it_is(layer: nn.Module) -> None:
+    model = grokd.Classifier("cnn2", 2, Input()).eval()
+    model.trunk = nn.Sequential(model.trunk, layer)
+    expected = model(PIXELS)
+    torch.testing.assert_close(grokd.fold(model)(PIXELS), expected)
+
+
 # Ensembles of different networks
 
 
