@@ -2,7 +2,7 @@
 
     python grokd.py run digits_augment --seeds 200 --diffusion.seed 200
     python recipes/measured/fair_test.py digits_augment --seeds 200 201 202 203 204 \
-        [--save FILE.json]
+        [--precision bfloat16] [--save FILE.json]
 
 Every seed has teachers, a biased model, a starting student and images of its own; all use the
 generator of the first command, with the first seed. A classifier that never guided anything,
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", required=True)
     parser.add_argument("--split", default="test")
+    parser.add_argument("--precision", default="float32", help="as of grokd.py; of both commands")
     parser.add_argument("--save", type=Path, help="write the table as JSON")
     args = parser.parse_args()
     about, recipe = grokd.origin(), grokd.load_recipe(args.recipe)
@@ -100,6 +101,7 @@ def main() -> None:
         grokd.command_line([
             "run", args.recipe, "--teachers.seed", str(10 * seed), "--bias-model.seed",
             str(100_000 + seed), "--diffusion.seed", str(args.seeds[0]), "--seeds", str(seed),
+            "--precision", args.precision,
             "--eval.split", args.split, "--out", str(out)])
         for row in json.loads((out / "results.json").read_text())["rows"]:
             if row["name"] in recipe.students:
