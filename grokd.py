@@ -5507,15 +5507,24 @@ def guidance_bytes(generator: Generator, judge: Judge) -> dict[str, int]:
 
 
 def fit_memory(generator: Generator, judge: Judge) -> None:
-    """Choose how many samples pass through generator and judge at once, and say what they need."""
+    """Choose how many samples pass through generator and judge at once, and say what they need:
+    without guidance less than the gradient that is reckoned with. Raises Problem if memory does
+    not hold the gradient of one image."""
     settings, parts = judge.settings, guidance_bytes(generator, judge)
     need, free = max(parts.values()), free_bytes(generator.device)
+    listed = ", ".join(f"{name} {count / 2**30:.2f}" for name, count in parts.items())
+    if settings.guided and need > free:
+        raise Problem(
+            f"Guiding one image needs {need / 2**30:.2f} GiB of memory ({listed}), of which "
+            f"{free / 2**30:.2f} are free: take a lower precision, smaller images, fewer cutouts, "
+            "or smaller networks."
+        )
     fits = max(1, int(0.8 * free / need))  # the rest: latents, images, what the allocator loses
     size = min(settings.micro_batch or fits, settings.in_flight)
     generator.micro_batch = judge.micro_batch = size
-    listed = ", ".join(f"{name} {count / 2**30:.2f}" for name, count in parts.items())
+    what = "the gradient of an image" if settings.guided else "an image, at most"
     say(
-        f"memory: {need / 2**30:.2f} GiB for the gradient of an image ({listed}), {size} of "
+        f"memory: {need / 2**30:.2f} GiB for {what} ({listed}), {size} of "
         f"{settings.in_flight} in flight at a time: {size * need / 2**30:.1f} of "
         f"{free / 2**30:.1f} GiB"
     )
