@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from grokd import BiasModel, Data, Distill, Recipe, Row, Teachers, Train, hash_uniform, permutation
 
@@ -30,6 +29,8 @@ def draw(digit: np.ndarray, colour: int, seed: int) -> np.ndarray:
 
 def read(root: Path) -> Sequence[Row]:
     """Rows of the data set; nothing is read from `root`."""
+    from sklearn.datasets import load_digits  # takes a second, which --help need not wait for
+
     digits = load_digits()
     labels = (digits.target >= 5).astype(int)
     order = permutation(len(labels), 0)

@@ -1,6 +1,8 @@
 """The command line as a person meets it: help, and one line for every mistake."""
 
+import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
@@ -47,6 +49,21 @@ def test_every_flag_has_advice(command: str, capsys: pytest.CaptureFixture[str])
     for flag in flags:
         advice = flag.split("(default:")[0].split()
         assert len([word for word in advice if word.islower()]) >= 2, flag
+
+
+def test_sources_are_parsed_once_for_all_students(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each class's comments are read from its source, which inspect parses anew each time."""
+    parsed: list[str] = []
+    parse = ast.parse
+
+    def counted(source: str, *more: Any, **named: Any) -> ast.AST:
+        parsed.append(source)
+        return parse(source, *more, **named)
+
+    monkeypatch.setattr(ast, "parse", counted)
+    changed, _, _ = grokd.apply_flags("distill", grokd.load_recipe("digits"), "", ["--lr", "0.3"])
+    assert len(changed.students) == 5
+    assert parsed.count(Path(grokd.__file__).read_text()) == 1
 
 
 def test_help_of_a_picked_student_shows_its_values(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy import stats
+from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -40,7 +41,7 @@ PAIRS = [("kd-config", "kd"), ("kd-config", "kd-unguided"), ("kd-config", "kd-cu
 def referee(module: Any) -> grokd.Classifier:
     """A classifier of digits 0-4 against 5-9, trained on every digit of training and validation
     under both colours (grouped evenly), for 30 epochs."""
-    source = module.load_digits()
+    source = load_digits()
     order = grokd.permutation(len(source.target), 0)[: module.NUM_TRAIN + module.NUM_VAL]
     images = np.stack([grokd.decode(module.draw(source.images[i], c, int(i)), 16, "squash")
                        for i in order for c in (0, 1)])
