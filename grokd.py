@@ -36,7 +36,8 @@ Map of this file; a section uses those above it, never one below:
     Fit                              the one training loop
     Stages                           teachers, biased model, students
     Generated images                 a diffusion generator, guided by teachers and student (ConfiG)
-    Report                           eval: scores of everything made, tables, figures
+    Pages                            what results.json looks like: tables, figures, one web page
+    Report                           eval: scores of everything made, which student to ship
     Checks                           values of a recipe that are wrong or exclude each other
     Dry run                          what `run` would make, and what it would cost
     Command line                     recipes, flags, commands
@@ -6240,6 +6241,388 @@ def draw_sheet(
     return png(figure, pyplot)
 
 
+# ---- Pages ---------------------------------------------------------------------------------------
+
+
+def write_report(results: Mapping[str, Any], out: Path, suffix: str = "") -> None:
+    """Write results.json, report.md and figures; print the summary."""
+    if results["curves"]:
+        write_file(out / f"curves{suffix}.png", draw_curves(results))
+    write_file(out / f"results{suffix}.json", json.dumps(results, indent=1) + "\n")
+    write_file(out / f"report{suffix}.md", report(results))
+    write_file(out / f"groups{suffix}.png", draw_groups(results))
+    say(
+        summary(results),
+        f"Every model: report{suffix}.md; also results{suffix}.json and groups{suffix}.png in "
+        f"{out}",
+    )
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The head of the report: what is shown, and a row per kind of model."""
+    about, groups = results["about"], results["groups"]
+    split = about["split"]
+    least = min(group["images"] for group in groups if group["images"])
+    adjusted = "; adjusted mean: groups weighted by their share of the training images"
+    if groups[0]["train_images"] is None:
+        adjusted = ""
+    parts = [
+        f"# {about['recipe']}: accuracy by group, {split} images, per cent",
+        "Mean ± sample standard deviation over models. WGA: worst-group accuracy; mean: over "
+        f"images; group mean: over groups{adjusted}. One image of the smallest group is "
+        f"{100 / least:.3f} points of its accuracy.",
+        summary_table(results),
+    ]
+    if note := inferred_text(results.get("inferred")):
+        parts.append(note)
+    empty = [
+        (f"Groups without {split} images, left out of every figure", "images"),
+        ("Groups without training images", "train_images"),
+    ]
+    for words, key in empty:
+        absent = [group["name"] for group in groups if group[key] == 0]
+        if absent:
+            parts.append(f"{words}: {'; '.join(absent)}.")
+    if results.get("choice"):
+        parts += ["## Ship this one", choice_text(results)]
+    if results["left_out"]:
+        lines = "\n".join(f"- {line}" for line in results["left_out"])
+        parts += ["## Left out", lines]
+    return "\n\n".join(parts) + "\n"
+
+
+INFERRED = {
+    "inferred": "its class and whether the biased model is right",
+    "eiil": "its class and EIIL's split of the biased model's logits",
+}
+
+
+def inferred_text(inferred: Mapping[str, str] | None) -> str:
+    """What inferred groups are, or why there are none; empty where nobody asks for them."""
+    if not inferred or not inferred["groups"]:
+        return ""
+    if inferred["note"]:
+        return f"No figure by inferred groups: {inferred['note']}."
+    return (
+        f"WGA (inferred): no attribute is used; an image's group is {INFERRED[inferred['groups']]}."
+    )
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """results.json as Markdown: summary, probes, groups, every model, where it comes from."""
+    about, groups = results["about"], results["groups"]
+    names = [group["name"] for group in groups]
+    sizes = [
+        [g["name"], *("–" if g[key] is None else str(g[key]) for key in ("images", "train_images"))]
+        for g in groups
+    ]
+    members = [member for row in results["rows"] for member in row["members"]]
+    columns = shown_columns(members)
+    single = [[member["name"], *score_cells(member, columns)] for member in members]
+    parts = [summary(results).rstrip()]
+    if results["probes"]:
+        parts += [
+            "## Linear probes",
+            "Group mean, in per cent, of a logistic regression on a layer's mean over positions: "
+            "fitted on group-balanced images of validation, scored on others.",
+            probe_table(results["probes"]),
+        ]
+    if results.get("analysis"):
+        parts += analysis_parts(results)
+    if results.get("ensembles"):
+        parts += [
+            "## Teachers",
+            "Departure: mean squared distance of a teacher's answers from the biased model's, over "
+            "the training images, and over those of which the two disagree; weight: the share that "
+            "the weighting `departure` gives.",
+            *map(ensemble_text, results["ensembles"]),
+        ]
+    parts += [
+        "## Groups", table(["group", about["split"], "train"], sizes),
+        "## Every model", table(["model", *columns.values(), *names], single),
+    ]
+    student_seeds = ", ".join(map(str, about["seeds"]))
+    teacher_seeds = ", ".join(map(str, about["teacher_seeds"]))
+    parts.append(
+        f"`{about['command']}`, {about['date']}, commit {about['commit']}, {about['hardware']}, "
+        f"{about['versions']}; student seeds {student_seeds}, teacher seeds {teacher_seeds}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def choice_text(results: Mapping[str, Any]) -> str:
+    """Which student to ship, why, and the next one."""
+    choice, split = results["choice"], results["about"]["split"]
+    members = {row["name"]: row["members"] for row in results["rows"]}
+
+    def figures(name: str) -> str:
+        mean, std = choice["wga"][name]
+        selected = f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+        scored = mean_cell([member["wga"] for member in members[name]])
+        average = mean_cell([member["mean"] for member in members[name]])
+        return f"selection WGA {selected}; {split}: WGA {scored}, mean {average}"
+
+    groups = {
+        "known": "",
+        "classes": " over classes (there is neither an attribute nor an inferred group)",
+        **{key: f" over inferred groups ({words})" for key, words in INFERRED.items()},
+    }
+    ship, runner_up = choice["ship"], choice["runner_up"]
+    seeds = ", ".join(seed.removeprefix("seed") for seed in choice["seeds"])
+    text = (
+        f"**{ship}** ({figures(ship)}). Runner-up: {runner_up} ({figures(runner_up)}).\n\n"
+        f"Chosen by worst-group accuracy{groups[choice.get('by', 'known')]} on the selection part, "
+        f"{choice['images']} validation images that refitted no head, paired over seeds {seeds}; "
+        "never on test."
+    )
+    others = [name for name in choice["tied"] if name != ship]
+    if others:
+        networks = choice["networks"]
+        dearest = max(others, key=lambda name: networks[name])
+        text += (
+            f" Within one standard error of the best: {', '.join([ship, *others])}; of these it "
+            f"needs the fewest networks before it ({networks[ship]}; {dearest}: "
+            f"{networks[dearest]})."
+        )
+    return text
+
+
+def ensemble_text(ensemble: Mapping[str, Any]) -> str:
+    """An ensemble's teachers, and what averaging them loses."""
+    parts = [f"Of {', '.join(ensemble['students'])}:", departure_table(ensemble["teachers"])]
+    if room := ensemble.get("headroom"):
+        difference = room["teachers"] - room["average"]
+        loss = f"loses {difference:.1f} points" if difference > 0 else "loses nothing"
+        parts.append(
+            f"Headroom: the teachers' WGA, by the weights of departure, is {room['teachers']:.1f}, "
+            f"that of {room['student']} {room['average']:.1f}: averaging them {loss}."
+        )
+    return "\n\n".join(parts)
+
+
+def analysis_parts(results: Mapping[str, Any]) -> list[str]:
+    """What Eval.analysis found, as Markdown."""
+    split = results["about"]["split"]
+    names = [group["name"] for group in results["groups"]]
+    parts = [
+        "## Students taken apart",
+        f"Cross-entropy in nats: to the teachers' mean answer on train (R_KD), to labels on train "
+        f"(R*) and on {split} (R). Ω = R − R*, the gap to images not trained on; Ψ = R* − R_KD, "
+        "what the teachers' answers differ from labels; Ω by group: the gap of that group alone.",
+        error_table(results["analysis"], names),
+    ]
+    taught = [row for row in results["analysis"] if "weights" in row["members"][0]]
+    if taught:
+        parts += [
+            f"Agreement with the teachers' mean answer, per cent of {split} images:",
+            agreement_table(taught, names),
+            "Mean weight of each teacher for the finished student, by group, and the images, in "
+            "per cent, of which no teacher has any:",
+            weight_table(taught, names),
+        ]
+    if any(row["members"][0]["features"] for row in results["analysis"]):
+        parts += [
+            "Pooled dimensions that tell a group from the others of its class (first seed): "
+            "symmetrised KL divergence of their histograms, their means in the group and "
+            "elsewhere in the class, and their weight in the head for the class, less that for "
+            f"others. The images that excite them most: {feature_sheet('STUDENT')}.",
+            feature_table(results["analysis"]),
+        ]
+    return parts
+
+
+def summary_table(results: Mapping[str, Any]) -> str:
+    """The table of results.json: a row per kind of model, mean ± std over its members."""
+    baseline = results["about"].get("baseline")
+    against = {}
+    for row in results["rows"]:
+        if row["name"] == baseline:
+            against = wga_by_seed(row)
+    published = {key for row in results["rows"] for key in row["published"]}
+    published_columns = [key for key in COLUMNS if key in published]
+    names = [group["name"] for group in results["groups"]]
+    columns = shown_columns(member for row in results["rows"] for member in row["members"])
+    header = ["", "models", *columns.values(), *names]
+    if against:
+        header.append(f"WGA − {baseline}'s")
+    header += [f"published {COLUMNS[key]}" for key in published_columns]
+    lines = []
+    for row in results["rows"]:
+        members = row["members"]
+        line = [row["name"], str(len(members))]
+        line += [mean_cell([member.get(key) for member in members]) for key in columns]
+        line += [mean_cell([m["groups"][g] for m in members]) for g in range(len(names))]
+        if against:
+            paired = [wga - against[s] for s, wga in wga_by_seed(row).items() if s in against]
+            line.append(mean_cell(paired))
+        line += [published_cell(row["published"], key) for key in published_columns]
+        lines.append(line)
+    return table(header, lines)
+
+
+def wga_by_seed(row: Mapping[str, Any]) -> dict[str, float]:
+    """WGA of a row's students by seed: seed0 -> 90.0."""
+    return {Path(member["name"]).parent.name: member["wga"] for member in row["members"]}
+
+
+def mean_cell(values: Sequence[float | None]) -> str:
+    """Mean ± std of the values that are there, for a table."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return "–"
+    mean, std = spread(present)
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+
+
+def published_cell(figures: Mapping[str, float], key: str) -> str:
+    """A published figure, with its deviation if that is published too."""
+    if key not in figures:
+        return "–"
+    std = figures.get(f"{key}_std")
+    return f"{figures[key]:g}" + (f" ± {std:g}" if std else "")
+
+
+def number_cell(values: Sequence[float | None]) -> str:
+    """Mean of the values that are there, to three places."""
+    present = [value for value in values if value is not None]
+    return f"{np.mean(present):.3f}" if present else "–"
+
+
+def error_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A line a student: its error taken apart."""
+    keys = ("risk_kd", "risk_train", "risk_scored", "omega", "psi")
+    lines = []
+    for row in rows:
+        errors = [member["error"] for member in row["members"]]
+        cells = [number_cell([each[key] for each in errors]) for key in keys]
+        cells += [number_cell([e["group_gaps"][g] for e in errors]) for g in range(len(names))]
+        lines.append([row["name"], *cells])
+    header = ["", "R_KD", "R*", "R", "Ω", "Ψ", *(f"Ω, {name}" for name in names)]
+    return table(header, lines)
+
+
+def agreement_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A line a student: agreement with its teachers, over all images and by group."""
+    lines = []
+    for row in rows:
+        members = row["members"]
+        cells = [mean_cell([member["agreement"] for member in members])]
+        for g in range(len(names)):
+            cells.append(mean_cell([member["agreement_groups"][g] for member in members]))
+        lines.append([row["name"], *cells])
+    return table(["", "all", *names], lines)
+
+
+def weight_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A line for each teacher of each student, and for images without a weight."""
+    lines = []
+    for row in rows:
+        members, groups = row["members"], range(len(names))
+        for t, teacher in enumerate(members[0]["teachers"]):
+            cells = [number_cell([m["weights"][t][g] for m in members]) for g in groups]
+            lines.append([f"{row['name']}: {teacher}", *cells])
+        cells = [mean_cell([m["zero_weight"][g] for m in members]) for g in groups]
+        lines.append([f"{row['name']}: no weight, %", *cells])
+    return table(["", *names], lines)
+
+
+def feature_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each dimension that tells a group from others, by student."""
+    lines = []
+    for row in rows:
+        for found in row["members"][0]["features"]:
+            keys = ("divergence", "mean", "mean_elsewhere", "weight")
+            figures = [f"{found[key]:.3f}" for key in keys]
+            lines.append([row["name"], found["group"], str(found["dimension"]), *figures])
+    header = ["", "group", "dimension", "divergence", "mean", "elsewhere", "head weight"]
+    return table(header, lines)
+
+
+def probe_table(probes: Sequence[Mapping[str, Any]]) -> str:
+    """A row per kind of model, a column per layer and target."""
+    header = sorted({name for row in probes for name in row["scores"]})
+    lines = []
+    for row in probes:
+        values = [row["scores"].get(name) for name in header]
+        cells = ["–" if value is None else f"{value:.1f}" for value in values]
+        lines.append([row["name"], *cells])
+    return table(["", *header], lines)
+
+
+def feature_sheet(student: str) -> str:
+    """File name of a student's sheet."""
+    return f"features-{student}.png"
+
+
+def draw_groups(results: Mapping[str, Any]) -> bytes:
+    """Figure of results.json (PNG): accuracy of every group, and the worst marked, by row."""
+    figure, pyplot = new_figure()
+    rows, names = results["rows"], [group["name"] for group in results["groups"]]
+    figure.set_size_inches(8, 1.6 + 0.36 * len(rows))
+    axes = figure.subplots()
+    colours = pyplot.get_cmap("tab10" if len(names) <= 10 else "viridis", max(len(names), 10))
+    places = np.arange(len(rows))
+    wga = [spread([member["wga"] for member in row["members"]]) for row in rows]
+    axes.barh(
+        places, [mean for mean, _ in wga], xerr=[std or 0 for _, std in wga], height=0.62,
+        color="0.85", error_kw={"ecolor": "0.45", "capsize": 3}, label="worst group (mean ± std)",
+    )
+    for g, name in enumerate(names):
+        accuracy = [
+            np.mean([np.nan if (a := m["groups"][g]) is None else a for m in row["members"]])
+            for row in rows
+        ]
+        spots = places + 0.4 * ((g + 0.5) / len(names) - 0.5)  # none hides another
+        label = name if len(names) <= 10 else None
+        axes.scatter(accuracy, spots, s=28, color=colours(g), zorder=3, label=label)
+    axes.set_yticks(places, [shorten(row["name"], 48) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 101)
+    axes.set_xlabel(f"accuracy, % of {results['about']['split']} images of the group")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return png(figure, pyplot)
+
+
+def draw_curves(results: Mapping[str, Any]) -> bytes:
+    """Figure of results.json (PNG): WGA against each setting that students differ in."""
+    figure, pyplot = new_figure()
+    members = {row["name"]: row["members"] for row in results["rows"]}
+    names = list(dict.fromkeys(curve["field"] for curve in results["curves"]))
+    columns = min(3, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure.set_size_inches(max(5.0, 3.4 * columns), 3.0 * lines)
+    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for axis in axes[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes, names, strict=False):
+        for curve in results["curves"]:
+            points = [
+                (x, *spread([member["wga"] for member in members[student]]))
+                for x, student in curve["points"]
+                if student in members
+            ]
+            if curve["field"] == name and points:
+                x, mean, std = zip(*points, strict=True)
+                axis.errorbar(
+                    x, mean, [each or 0 for each in std], marker="o", capsize=3,
+                    label=curve["label"],
+                )
+        axis.set_xlabel(name)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    figure.supylabel(f"WGA, % of {results['about']['split']} images (mean ± std)")
+    return png(figure, pyplot)
+
+
+def shorten(name: str, length: int) -> str:
+    """A name cut in the middle if it is too long."""
+    if len(name) <= length:
+        return name
+    half = (length - 3) // 2
+    return f"{name[:half]} … {name[-half:]}"
+
+
 # ---- Report --------------------------------------------------------------------------------------
 
 
@@ -6541,20 +6924,6 @@ def describe_run(ctx: Context) -> dict[str, Any]:
     return {"about": origin(ctx.runtime.accelerator.num_processes) | about, "groups": groups}
 
 
-def write_report(results: Mapping[str, Any], out: Path, suffix: str = "") -> None:
-    """Write results.json, report.md and figures; print the summary."""
-    if results["curves"]:
-        write_file(out / f"curves{suffix}.png", draw_curves(results))
-    write_file(out / f"results{suffix}.json", json.dumps(results, indent=1) + "\n")
-    write_file(out / f"report{suffix}.md", report(results))
-    write_file(out / f"groups{suffix}.png", draw_groups(results))
-    say(
-        summary(results),
-        f"Every model: report{suffix}.md; also results{suffix}.json and groups{suffix}.png in "
-        f"{out}",
-    )
-
-
 def probe_models(ctx: Context, by_trunk: Mapping[str, Sequence[Scored]]) -> list[dict[str, Any]]:
     """Accuracy in per cent of linear probes on every layer, for label and attribute, mean over the
     trunks of each kind of model. Features are meaned over positions, fits group-balanced."""
@@ -6738,11 +7107,6 @@ def describe_features(model: Scored, ctx: Context) -> list[dict[str, Any]]:
     return rows
 
 
-def feature_sheet(student: str) -> str:
-    """File name of a student's sheet."""
-    return f"features-{student}.png"
-
-
 def draw_features(rows: Sequence[Mapping[str, Any]], store: Store) -> bytes:
     """The images that excite each dimension most (PNG): a line a dimension."""
     figure, pyplot = new_figure()
@@ -6808,126 +7172,6 @@ def curves_over(setting: Setting, recipe: Recipe) -> list[dict[str, Any]]:
     return described
 
 
-def draw_curves(results: Mapping[str, Any]) -> bytes:
-    """Figure of results.json (PNG): WGA against each setting that students differ in."""
-    figure, pyplot = new_figure()
-    members = {row["name"]: row["members"] for row in results["rows"]}
-    names = list(dict.fromkeys(curve["field"] for curve in results["curves"]))
-    columns = min(3, len(names))
-    lines = math.ceil(len(names) / columns)
-    figure.set_size_inches(max(5.0, 3.4 * columns), 3.0 * lines)
-    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
-    for axis in axes[len(names) :]:
-        axis.remove()
-    for axis, name in zip(axes, names, strict=False):
-        for curve in results["curves"]:
-            points = [
-                (x, *spread([member["wga"] for member in members[student]]))
-                for x, student in curve["points"]
-                if student in members
-            ]
-            if curve["field"] == name and points:
-                x, mean, std = zip(*points, strict=True)
-                axis.errorbar(
-                    x, mean, [each or 0 for each in std], marker="o", capsize=3,
-                    label=curve["label"],
-                )
-        axis.set_xlabel(name)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    figure.supylabel(f"WGA, % of {results['about']['split']} images (mean ± std)")
-    return png(figure, pyplot)
-
-
-def draw_groups(results: Mapping[str, Any]) -> bytes:
-    """Figure of results.json (PNG): accuracy of every group, and the worst marked, by row."""
-    figure, pyplot = new_figure()
-    rows, names = results["rows"], [group["name"] for group in results["groups"]]
-    figure.set_size_inches(8, 1.6 + 0.36 * len(rows))
-    axes = figure.subplots()
-    colours = pyplot.get_cmap("tab10" if len(names) <= 10 else "viridis", max(len(names), 10))
-    places = np.arange(len(rows))
-    wga = [spread([member["wga"] for member in row["members"]]) for row in rows]
-    axes.barh(
-        places, [mean for mean, _ in wga], xerr=[std or 0 for _, std in wga], height=0.62,
-        color="0.85", error_kw={"ecolor": "0.45", "capsize": 3}, label="worst group (mean ± std)",
-    )
-    for g, name in enumerate(names):
-        accuracy = [
-            np.mean([np.nan if (a := m["groups"][g]) is None else a for m in row["members"]])
-            for row in rows
-        ]
-        spots = places + 0.4 * ((g + 0.5) / len(names) - 0.5)  # none hides another
-        label = name if len(names) <= 10 else None
-        axes.scatter(accuracy, spots, s=28, color=colours(g), zorder=3, label=label)
-    axes.set_yticks(places, [shorten(row["name"], 48) for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 101)
-    axes.set_xlabel(f"accuracy, % of {results['about']['split']} images of the group")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    return png(figure, pyplot)
-
-
-def shorten(name: str, length: int) -> str:
-    """A name cut in the middle if it is too long."""
-    if len(name) <= length:
-        return name
-    half = (length - 3) // 2
-    return f"{name[:half]} … {name[-half:]}"
-
-
-def summary_table(results: Mapping[str, Any]) -> str:
-    """The table of results.json: a row per kind of model, mean ± std over its members."""
-    baseline = results["about"].get("baseline")
-    against = {}
-    for row in results["rows"]:
-        if row["name"] == baseline:
-            against = wga_by_seed(row)
-    published = {key for row in results["rows"] for key in row["published"]}
-    published_columns = [key for key in COLUMNS if key in published]
-    names = [group["name"] for group in results["groups"]]
-    columns = shown_columns(member for row in results["rows"] for member in row["members"])
-    header = ["", "models", *columns.values(), *names]
-    if against:
-        header.append(f"WGA − {baseline}'s")
-    header += [f"published {COLUMNS[key]}" for key in published_columns]
-    lines = []
-    for row in results["rows"]:
-        members = row["members"]
-        line = [row["name"], str(len(members))]
-        line += [mean_cell([member.get(key) for member in members]) for key in columns]
-        line += [mean_cell([m["groups"][g] for m in members]) for g in range(len(names))]
-        if against:
-            paired = [wga - against[s] for s, wga in wga_by_seed(row).items() if s in against]
-            line.append(mean_cell(paired))
-        line += [published_cell(row["published"], key) for key in published_columns]
-        lines.append(line)
-    return table(header, lines)
-
-
-def wga_by_seed(row: Mapping[str, Any]) -> dict[str, float]:
-    """WGA of a row's students by seed: seed0 -> 90.0."""
-    return {Path(member["name"]).parent.name: member["wga"] for member in row["members"]}
-
-
-def mean_cell(values: Sequence[float | None]) -> str:
-    """Mean ± std of the values that are there, for a table."""
-    present = [value for value in values if value is not None]
-    if not present:
-        return "–"
-    mean, std = spread(present)
-    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
-
-
-def published_cell(figures: Mapping[str, float], key: str) -> str:
-    """A published figure, with its deviation if that is published too."""
-    if key not in figures:
-        return "–"
-    std = figures.get(f"{key}_std")
-    return f"{figures[key]:g}" + (f" ± {std:g}" if std else "")
-
-
 def origin(processes: int = 1) -> dict[str, str]:
     """Where figures come from: command, date, commit, machine, versions."""
     folder = str(Path(__file__).parent)
@@ -6953,246 +7197,6 @@ def origin(processes: int = 1) -> dict[str, str]:
         "versions": versions,
         "hardware": f"{machine}, {processes} process(es) of {torch.get_num_threads()} threads",
     }
-
-
-def summary(results: Mapping[str, Any]) -> str:
-    """The head of the report: what is shown, and a row per kind of model."""
-    about, groups = results["about"], results["groups"]
-    split = about["split"]
-    least = min(group["images"] for group in groups if group["images"])
-    adjusted = "; adjusted mean: groups weighted by their share of the training images"
-    if groups[0]["train_images"] is None:
-        adjusted = ""
-    parts = [
-        f"# {about['recipe']}: accuracy by group, {split} images, per cent",
-        "Mean ± sample standard deviation over models. WGA: worst-group accuracy; mean: over "
-        f"images; group mean: over groups{adjusted}. One image of the smallest group is "
-        f"{100 / least:.3f} points of its accuracy.",
-        summary_table(results),
-    ]
-    if note := inferred_text(results.get("inferred")):
-        parts.append(note)
-    empty = [
-        (f"Groups without {split} images, left out of every figure", "images"),
-        ("Groups without training images", "train_images"),
-    ]
-    for words, key in empty:
-        absent = [group["name"] for group in groups if group[key] == 0]
-        if absent:
-            parts.append(f"{words}: {'; '.join(absent)}.")
-    if results.get("choice"):
-        parts += ["## Ship this one", choice_text(results)]
-    if results["left_out"]:
-        lines = "\n".join(f"- {line}" for line in results["left_out"])
-        parts += ["## Left out", lines]
-    return "\n\n".join(parts) + "\n"
-
-
-INFERRED = {
-    "inferred": "its class and whether the biased model is right",
-    "eiil": "its class and EIIL's split of the biased model's logits",
-}
-
-
-def inferred_text(inferred: Mapping[str, str] | None) -> str:
-    """What inferred groups are, or why there are none; empty where nobody asks for them."""
-    if not inferred or not inferred["groups"]:
-        return ""
-    if inferred["note"]:
-        return f"No figure by inferred groups: {inferred['note']}."
-    return (
-        f"WGA (inferred): no attribute is used; an image's group is {INFERRED[inferred['groups']]}."
-    )
-
-
-def report(results: Mapping[str, Any]) -> str:
-    """results.json as Markdown: summary, probes, groups, every model, where it comes from."""
-    about, groups = results["about"], results["groups"]
-    names = [group["name"] for group in groups]
-    sizes = [
-        [g["name"], *("–" if g[key] is None else str(g[key]) for key in ("images", "train_images"))]
-        for g in groups
-    ]
-    members = [member for row in results["rows"] for member in row["members"]]
-    columns = shown_columns(members)
-    single = [[member["name"], *score_cells(member, columns)] for member in members]
-    parts = [summary(results).rstrip()]
-    if results["probes"]:
-        parts += [
-            "## Linear probes",
-            "Group mean, in per cent, of a logistic regression on a layer's mean over positions: "
-            "fitted on group-balanced images of validation, scored on others.",
-            probe_table(results["probes"]),
-        ]
-    if results.get("analysis"):
-        parts += analysis_parts(results)
-    if results.get("ensembles"):
-        parts += [
-            "## Teachers",
-            "Departure: mean squared distance of a teacher's answers from the biased model's, over "
-            "the training images, and over those of which the two disagree; weight: the share that "
-            "the weighting `departure` gives.",
-            *map(ensemble_text, results["ensembles"]),
-        ]
-    parts += [
-        "## Groups", table(["group", about["split"], "train"], sizes),
-        "## Every model", table(["model", *columns.values(), *names], single),
-    ]
-    student_seeds = ", ".join(map(str, about["seeds"]))
-    teacher_seeds = ", ".join(map(str, about["teacher_seeds"]))
-    parts.append(
-        f"`{about['command']}`, {about['date']}, commit {about['commit']}, {about['hardware']}, "
-        f"{about['versions']}; student seeds {student_seeds}, teacher seeds {teacher_seeds}."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def choice_text(results: Mapping[str, Any]) -> str:
-    """Which student to ship, why, and the next one."""
-    choice, split = results["choice"], results["about"]["split"]
-    members = {row["name"]: row["members"] for row in results["rows"]}
-
-    def figures(name: str) -> str:
-        mean, std = choice["wga"][name]
-        selected = f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
-        scored = mean_cell([member["wga"] for member in members[name]])
-        average = mean_cell([member["mean"] for member in members[name]])
-        return f"selection WGA {selected}; {split}: WGA {scored}, mean {average}"
-
-    groups = {
-        "known": "",
-        "classes": " over classes (there is neither an attribute nor an inferred group)",
-        **{key: f" over inferred groups ({words})" for key, words in INFERRED.items()},
-    }
-    ship, runner_up = choice["ship"], choice["runner_up"]
-    seeds = ", ".join(seed.removeprefix("seed") for seed in choice["seeds"])
-    text = (
-        f"**{ship}** ({figures(ship)}). Runner-up: {runner_up} ({figures(runner_up)}).\n\n"
-        f"Chosen by worst-group accuracy{groups[choice.get('by', 'known')]} on the selection part, "
-        f"{choice['images']} validation images that refitted no head, paired over seeds {seeds}; "
-        "never on test."
-    )
-    others = [name for name in choice["tied"] if name != ship]
-    if others:
-        networks = choice["networks"]
-        dearest = max(others, key=lambda name: networks[name])
-        text += (
-            f" Within one standard error of the best: {', '.join([ship, *others])}; of these it "
-            f"needs the fewest networks before it ({networks[ship]}; {dearest}: "
-            f"{networks[dearest]})."
-        )
-    return text
-
-
-def ensemble_text(ensemble: Mapping[str, Any]) -> str:
-    """An ensemble's teachers, and what averaging them loses."""
-    parts = [f"Of {', '.join(ensemble['students'])}:", departure_table(ensemble["teachers"])]
-    if room := ensemble.get("headroom"):
-        difference = room["teachers"] - room["average"]
-        loss = f"loses {difference:.1f} points" if difference > 0 else "loses nothing"
-        parts.append(
-            f"Headroom: the teachers' WGA, by the weights of departure, is {room['teachers']:.1f}, "
-            f"that of {room['student']} {room['average']:.1f}: averaging them {loss}."
-        )
-    return "\n\n".join(parts)
-
-
-def analysis_parts(results: Mapping[str, Any]) -> list[str]:
-    """What Eval.analysis found, as Markdown."""
-    split = results["about"]["split"]
-    names = [group["name"] for group in results["groups"]]
-    parts = [
-        "## Students taken apart",
-        f"Cross-entropy in nats: to the teachers' mean answer on train (R_KD), to labels on train "
-        f"(R*) and on {split} (R). Ω = R − R*, the gap to images not trained on; Ψ = R* − R_KD, "
-        "what the teachers' answers differ from labels; Ω by group: the gap of that group alone.",
-        error_table(results["analysis"], names),
-    ]
-    taught = [row for row in results["analysis"] if "weights" in row["members"][0]]
-    if taught:
-        parts += [
-            f"Agreement with the teachers' mean answer, per cent of {split} images:",
-            agreement_table(taught, names),
-            "Mean weight of each teacher for the finished student, by group, and the images, in "
-            "per cent, of which no teacher has any:",
-            weight_table(taught, names),
-        ]
-    if any(row["members"][0]["features"] for row in results["analysis"]):
-        parts += [
-            "Pooled dimensions that tell a group from the others of its class (first seed): "
-            "symmetrised KL divergence of their histograms, their means in the group and "
-            "elsewhere in the class, and their weight in the head for the class, less that for "
-            f"others. The images that excite them most: {feature_sheet('STUDENT')}.",
-            feature_table(results["analysis"]),
-        ]
-    return parts
-
-
-def number_cell(values: Sequence[float | None]) -> str:
-    """Mean of the values that are there, to three places."""
-    present = [value for value in values if value is not None]
-    return f"{np.mean(present):.3f}" if present else "–"
-
-
-def error_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """A line a student: its error taken apart."""
-    keys = ("risk_kd", "risk_train", "risk_scored", "omega", "psi")
-    lines = []
-    for row in rows:
-        errors = [member["error"] for member in row["members"]]
-        cells = [number_cell([each[key] for each in errors]) for key in keys]
-        cells += [number_cell([e["group_gaps"][g] for e in errors]) for g in range(len(names))]
-        lines.append([row["name"], *cells])
-    header = ["", "R_KD", "R*", "R", "Ω", "Ψ", *(f"Ω, {name}" for name in names)]
-    return table(header, lines)
-
-
-def agreement_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """A line a student: agreement with its teachers, over all images and by group."""
-    lines = []
-    for row in rows:
-        members = row["members"]
-        cells = [mean_cell([member["agreement"] for member in members])]
-        for g in range(len(names)):
-            cells.append(mean_cell([member["agreement_groups"][g] for member in members]))
-        lines.append([row["name"], *cells])
-    return table(["", "all", *names], lines)
-
-
-def weight_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    """A line for each teacher of each student, and for images without a weight."""
-    lines = []
-    for row in rows:
-        members, groups = row["members"], range(len(names))
-        for t, teacher in enumerate(members[0]["teachers"]):
-            cells = [number_cell([m["weights"][t][g] for m in members]) for g in groups]
-            lines.append([f"{row['name']}: {teacher}", *cells])
-        cells = [mean_cell([m["zero_weight"][g] for m in members]) for g in groups]
-        lines.append([f"{row['name']}: no weight, %", *cells])
-    return table(["", *names], lines)
-
-
-def feature_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each dimension that tells a group from others, by student."""
-    lines = []
-    for row in rows:
-        for found in row["members"][0]["features"]:
-            keys = ("divergence", "mean", "mean_elsewhere", "weight")
-            figures = [f"{found[key]:.3f}" for key in keys]
-            lines.append([row["name"], found["group"], str(found["dimension"]), *figures])
-    header = ["", "group", "dimension", "divergence", "mean", "elsewhere", "head weight"]
-    return table(header, lines)
-
-
-def probe_table(probes: Sequence[Mapping[str, Any]]) -> str:
-    """A row per kind of model, a column per layer and target."""
-    header = sorted({name for row in probes for name in row["scores"]})
-    lines = []
-    for row in probes:
-        values = [row["scores"].get(name) for name in header]
-        cells = ["–" if value is None else f"{value:.1f}" for value in values]
-        lines.append([row["name"], *cells])
-    return table(["", *header], lines)
 
 
 # ---- Checks --------------------------------------------------------------------------------------
