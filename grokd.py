@@ -46,6 +46,7 @@ Map of this file; a section uses those above it, never one below:
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import copy
 import csv
@@ -57,6 +58,7 @@ import fcntl
 import functools
 import graphlib
 import hashlib
+import html
 import importlib.util
 import inspect
 import io
@@ -69,6 +71,7 @@ import platform
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -1983,7 +1986,7 @@ def say(*lines: str) -> None:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned Markdown table: the first column to the left, the others to the right."""
-    cells = [list(header), *map(list, rows)]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -2012,6 +2015,13 @@ def png(figure: Any, pyplot: Any) -> bytes:
     figure.savefig(buffer, format="png", dpi=130)
     pyplot.close(figure)
     return buffer.getvalue()
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
@@ -4382,7 +4392,7 @@ class Training:
         self.optimizer = build_optimizer(self.model, self.train, runtime)
         self.scaler = runtime.accelerator.scaler  # of float16, else None
         self.progress = Progress(torch.zeros(len(self.indices)))
-        self.began = self.saved = time.monotonic()
+        self.began = self.saved = self.told = time.monotonic()
         self.first_step = 0
         self.board: Any = None
         self.bar: Any = None
@@ -4629,6 +4639,8 @@ class Training:
 
     # Reporting
 
+    LINE_SECONDS = 5  # between lines
+
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
         """A progress bar and TensorBoard while the training is at work."""
@@ -4644,7 +4656,7 @@ class Training:
                 folder = self.job.artefact.path.parent / "tensorboard"
                 writer = SummaryWriter(folder, purge_step=self.progress.step)
                 self.board = stack.enter_context(writer)
-            self.began = self.saved = time.monotonic()
+            self.began = self.saved = self.told = time.monotonic()
             yield
             if self.board:
                 log_settings(self.board, self.job.artefact.settings, self.progress.history[-1])
@@ -4658,6 +4670,22 @@ class Training:
         if "wga" in entry:
             shown["WGA"] = f"{entry['wga']:.1f}"
         self.bar.set_postfix(shown, refresh=False)
+        if self.runtime.rank == 0 and time.monotonic() - self.told > self.LINE_SECONDS:
+            self.told = time.monotonic()
+            self.bar.write(self._line(entry, shown))
+            sys.stdout.flush()
+
+    def _line(self, entry: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+        """An epoch's figures, and the time left at the speed so far."""
+        done = self.progress.step - self.first_step
+        left = (self.job.num_epochs * self.steps_per_epoch - self.progress.step) / done
+        left *= time.monotonic() - self.began
+        figures = ", ".join(f"{name} {value:>6}" for name, value in shown.items())
+        width = len(str(self.job.num_epochs))
+        return (
+            f"{self.job.artefact.name}: epoch {entry['epoch']:{width}} of {self.job.num_epochs}, "
+            f"{figures}, {timedelta(seconds=round(left))} left"
+        )
 
 
 def learning_rate(train: Train, step: int, steps_per_epoch: int) -> float:
@@ -5194,7 +5222,12 @@ def training_store(student: Distill, seed: int, ctx: Context) -> Store:
     if student.rebalance == "tab":
         path = ctx.require(ctx.helper(student, seed))
         losses = load_file(beside(path, ".losses.safetensors"))["losses"].numpy()
-        if losses.shape[1] != len(train) or not len(losses):
+        if not len(losses):
+            raise Problem(
+                f"{path} was taken as it is, not trained, and has no losses that TAB could "
+                "cluster: name a student as `helper`, or train the biased model."
+            )
+        if losses.shape[1] != len(train):
             raise Problem(
                 f"{path} was trained on {losses.shape[1]:,} images, the student that it helps sees "
                 f"{len(train):,}: name a helper with the same `augmented` and no rebalance."
@@ -6245,29 +6278,64 @@ def draw_sheet(
 
 
 def write_report(results: Mapping[str, Any], out: Path, suffix: str = "") -> None:
-    """Write results.json, report.md and figures; print the summary."""
-    if results["curves"]:
-        write_file(out / f"curves{suffix}.png", draw_curves(results))
+    """Write results.json, report.md, report.html and figures; print the summary."""
     write_file(out / f"results{suffix}.json", json.dumps(results, indent=1) + "\n")
-    write_file(out / f"report{suffix}.md", report(results))
-    write_file(out / f"groups{suffix}.png", draw_groups(results))
+    for name, draw in FIGURES.items():
+        if name == "groups" or results.get(name):
+            write_file(out / f"{name}{suffix}.png", draw(results))
+    text = report(results, suffix)
+    write_file(out / f"report{suffix}.md", text)
+    write_file(out / f"report{suffix}.html", web_page(text, out))
     say(
-        summary(results),
-        f"Every model: report{suffix}.md; also results{suffix}.json and groups{suffix}.png in "
-        f"{out}",
+        "", terminal_summary(results), "",
+        f"All of it: {out}/report{suffix}.html, also report{suffix}.md and results{suffix}.json",
     )
 
 
-def summary(results: Mapping[str, Any]) -> str:
-    """The head of the report: what is shown, and a row per kind of model."""
-    about, groups = results["about"], results["groups"]
-    split = about["split"]
+def report(results: Mapping[str, Any], suffix: str = "") -> str:
+    """results.json as Markdown, what matters most first; pictures are named as write_report and
+    others wrote them."""
+    about = results["about"]
+    parts = [f"# {about['recipe']}: accuracy by group, {about['split']} images, per cent"]
+    if results.get("choice"):
+        parts += ["## Ship this one", choice_text(results)]
+    parts += headroom_texts(results)
+    parts += ["## Accuracy", *accuracy_parts(results), f"![Accuracy by group](groups{suffix}.png)"]
+    if results["left_out"]:
+        parts += ["## Left out", "\n".join(f"- {line}" for line in results["left_out"])]
+    parts += size_parts(results, suffix)
+    if results.get("ensembles"):
+        parts += ensemble_parts(results)
+    if results.get("training"):
+        parts += [
+            "## Training", "Loss on the training images and WGA on the selection part, by epoch; "
+            "mean over models.",
+            f"![Training curves](training{suffix}.png)",
+        ]
+    if results["curves"]:
+        parts += ["## Ablations", f"![WGA against settings](curves{suffix}.png)"]
+    if results["probes"]:
+        parts += [
+            "## Linear probes",
+            "Group mean, in per cent, of a logistic regression on a layer's mean over positions: "
+            "fitted on group-balanced images of validation, scored on others.",
+            probe_table(results["probes"]),
+        ]
+    if results.get("analysis"):
+        parts += analysis_parts(results)
+    parts += sheet_parts(results)
+    parts += mistake_parts(results, suffix)
+    return "\n\n".join([*parts, *detail_parts(results)]) + "\n"
+
+
+def accuracy_parts(results: Mapping[str, Any]) -> list[str]:
+    """What is shown, and a row per kind of model."""
+    split, groups = results["about"]["split"], results["groups"]
     least = min(group["images"] for group in groups if group["images"])
     adjusted = "; adjusted mean: groups weighted by their share of the training images"
     if groups[0]["train_images"] is None:
         adjusted = ""
     parts = [
-        f"# {about['recipe']}: accuracy by group, {split} images, per cent",
         "Mean ± sample standard deviation over models. WGA: worst-group accuracy; mean: over "
         f"images; group mean: over groups{adjusted}. One image of the smallest group is "
         f"{100 / least:.3f} points of its accuracy.",
@@ -6283,12 +6351,68 @@ def summary(results: Mapping[str, Any]) -> str:
         absent = [group["name"] for group in groups if group[key] == 0]
         if absent:
             parts.append(f"{words}: {'; '.join(absent)}.")
+    return parts
+
+
+def detail_parts(results: Mapping[str, Any]) -> list[str]:
+    """Sizes of the groups, every model, and where it all comes from."""
+    about, groups = results["about"], results["groups"]
+    names = [group["name"] for group in groups]
+    sizes = [
+        [g["name"], *("–" if g[key] is None else str(g[key]) for key in ("images", "train_images"))]
+        for g in groups
+    ]
+    members = [member for row in results["rows"] for member in row["members"]]
+    columns = shown_columns(members)
+    single = [[member["name"], *score_cells(member, columns)] for member in members]
+    student_seeds = ", ".join(map(str, about["seeds"]))
+    teacher_seeds = ", ".join(map(str, about["teacher_seeds"]))
+    return [
+        "## Groups", table(["group", about["split"], "train"], sizes),
+        "## Every model", table(["model", *columns.values(), *names], single),
+        f"`{about['command']}`, {about['date']}, commit {about['commit']}, {about['hardware']}, "
+        f"{about['versions']}; student seeds {student_seeds}, teacher seeds {teacher_seeds}.",
+    ]
+
+
+WIDTH = 100  # of what a terminal is shown
+
+
+def terminal_summary(results: Mapping[str, Any]) -> str:
+    """What a terminal is shown of results.json, at most 100 columns wide."""
+    about, names = results["about"], [group["name"] for group in results["groups"]]
+    images = sum(group["images"] for group in results["groups"])
+    keys = [key for key in ("wga", "wga_inferred", "mean", "group_mean")
+            if any(key in member for row in results["rows"] for member in row["members"])]
+    header = ["", "models", *({**COLUMNS, **INFERRED_COLUMNS}[key] for key in keys), "worst group"]
+    rows = []
+    for row in results["rows"]:
+        members = row["members"]
+        accuracy = group_means(members)
+        worst = shorten(names[int(np.nanargmin(accuracy))], 24)
+        figures = [mean_cell([member.get(key) for member in members]) for key in keys]
+        rows.append([row["name"], str(len(members)), *figures, worst])
+    spare = WIDTH - len(table(header, [["", *row[1:]] for row in rows]).partition("\n")[0])
+    rows = [[shorten(row[0], max(8, spare)), *row[1:]] for row in rows]
+    texts = [
+        f"{about['recipe']}: accuracy of {images:,} {about['split']} images, per cent, mean ± "
+        "sample standard deviation over models",
+        table(header, rows),
+    ]
     if results.get("choice"):
-        parts += ["## Ship this one", choice_text(results)]
-    if results["left_out"]:
-        lines = "\n".join(f"- {line}" for line in results["left_out"])
-        parts += ["## Left out", lines]
-    return "\n\n".join(parts) + "\n"
+        texts += ["Ship this one: " + choice_text(results).replace("**", "")]
+    texts += headroom_texts(results)
+    if left_out := results["left_out"]:
+        texts.append(f"Left out: {len(left_out)} models, as the report says, such as {left_out[0]}")
+    return "\n\n".join(
+        text if text.startswith("|") else textwrap.fill(text, WIDTH) for text in texts
+    )
+
+
+def group_means(members: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Accuracy of every group, mean over models; NaN for groups without images."""
+    accuracy = [[np.nan if a is None else a for a in member["groups"]] for member in members]
+    return np.mean(accuracy, 0)
 
 
 INFERRED = {
@@ -6308,46 +6432,58 @@ def inferred_text(inferred: Mapping[str, str] | None) -> str:
     )
 
 
-def report(results: Mapping[str, Any]) -> str:
-    """results.json as Markdown: summary, probes, groups, every model, where it comes from."""
-    about, groups = results["about"], results["groups"]
-    names = [group["name"] for group in groups]
-    sizes = [
-        [g["name"], *("–" if g[key] is None else str(g[key]) for key in ("images", "train_images"))]
-        for g in groups
-    ]
-    members = [member for row in results["rows"] for member in row["members"]]
-    columns = shown_columns(members)
-    single = [[member["name"], *score_cells(member, columns)] for member in members]
-    parts = [summary(results).rstrip()]
-    if results["probes"]:
-        parts += [
-            "## Linear probes",
-            "Group mean, in per cent, of a logistic regression on a layer's mean over positions: "
-            "fitted on group-balanced images of validation, scored on others.",
-            probe_table(results["probes"]),
+def size_parts(results: Mapping[str, Any], suffix: str) -> list[str]:
+    """How large and how fast each kind of model is, beside its worst group."""
+    if not results.get("sizes"):
+        return []
+    header = ["", "architecture", "parameters", "MFLOP an image", "ms an image", "WGA"]
+    rows = [
+        [
+            row["name"], row["arch"], f"{row['parameters']:,}", f"{row['mflop']:,.1f}",
+            f"{row['ms']:.3f}", mean_cell(wga_of(row["models"], results)),
         ]
-    if results.get("analysis"):
-        parts += analysis_parts(results)
-    if results.get("ensembles"):
-        parts += [
-            "## Teachers",
-            "Departure: mean squared distance of a teacher's answers from the biased model's, over "
-            "the training images, and over those of which the two disagree; weight: the share that "
-            "the weighting `departure` gives.",
-            *map(ensemble_text, results["ensembles"]),
-        ]
-    parts += [
-        "## Groups", table(["group", about["split"], "train"], sizes),
-        "## Every model", table(["model", *columns.values(), *names], single),
+        for row in results["sizes"]["rows"]
     ]
-    student_seeds = ", ".join(map(str, about["seeds"]))
-    teacher_seeds = ", ".join(map(str, about["teacher_seeds"]))
-    parts.append(
-        f"`{about['command']}`, {about['date']}, commit {about['commit']}, {about['hardware']}, "
-        f"{about['versions']}; student seeds {student_seeds}, teacher seeds {teacher_seeds}."
+    sizes = results["sizes"]
+    return [
+        "## Sizes",
+        f"Forward passes of {sizes['batch']} images of {sizes['side']} pixels at a time, "
+        f"{sizes['device']}.",
+        table(header, rows),
+        f"![WGA against parameters](sizes{suffix}.png)",
+    ]
+
+
+def wga_of(models: Iterable[str], results: Mapping[str, Any]) -> list[float]:
+    """WGA of models by name."""
+    every = {member["name"]: member["wga"] for row in results["rows"] for member in row["members"]}
+    return [every[name] for name in models]
+
+
+def sheet_parts(results: Mapping[str, Any]) -> list[str]:
+    """The generated images."""
+    parts = ["## Generated images"] if results.get("sheets") else []
+    for sheet in results.get("sheets", []):
+        parts += [f"{sheet['name']}:", f"![Images of {sheet['name']}]({sheet['file']})"]
+    return parts
+
+
+def mistake_parts(results: Mapping[str, Any], suffix: str) -> list[str]:
+    """Where two students look in images which one of them gets wrong."""
+    found = results.get("mistakes")
+    if not found:
+        return []
+    split, (plain, *others) = results["about"]["split"], found["students"]
+    text = (
+        f"The {split} images of every group that {plain} is surest about and gets wrong, and what "
+        "speaks for each student's answer: class activation maps (Zhou et al. 2016), the head's "
+        "weights, less their mean over classes, times the last feature map."
     )
-    return "\n\n".join(parts) + "\n"
+    if others:
+        text += f" Right of them the same images by {others[0]}."
+    for name in found["without_map"]:
+        text += f" {name} has none: its head does not read a mean over positions."
+    return ["## Where it looks", text, f"![Mistakes](mistakes{suffix}.png)"]
 
 
 def choice_text(results: Mapping[str, Any]) -> str:
@@ -6387,17 +6523,33 @@ def choice_text(results: Mapping[str, Any]) -> str:
     return text
 
 
-def ensemble_text(ensemble: Mapping[str, Any]) -> str:
-    """An ensemble's teachers, and what averaging them loses."""
-    parts = [f"Of {', '.join(ensemble['students'])}:", departure_table(ensemble["teachers"])]
-    if room := ensemble.get("headroom"):
-        difference = room["teachers"] - room["average"]
-        loss = f"loses {difference:.1f} points" if difference > 0 else "loses nothing"
-        parts.append(
-            f"Headroom: the teachers' WGA, by the weights of departure, is {room['teachers']:.1f}, "
-            f"that of {room['student']} {room['average']:.1f}: averaging them {loss}."
-        )
-    return "\n\n".join(parts)
+def headroom_texts(results: Mapping[str, Any]) -> list[str]:
+    """What averaging the teachers loses, of every ensemble of which that is known."""
+    texts = []
+    for ensemble in results.get("ensembles", []):
+        if room := ensemble.get("headroom"):
+            difference = room["teachers"] - room["average"]
+            loss = f"loses {difference:.1f} points" if difference > 0 else "loses nothing"
+            texts.append(
+                f"Headroom: the teachers' WGA, by the weights of departure, is "
+                f"{room['teachers']:.1f}, that of {room['student']} {room['average']:.1f}: "
+                f"averaging them {loss}."
+            )
+    return texts
+
+
+def ensemble_parts(results: Mapping[str, Any]) -> list[str]:
+    """The teachers of every ensemble."""
+    parts = [
+        "## Teachers",
+        "Departure: mean squared distance of a teacher's answers from the biased model's, over "
+        "the training images, and over those of which the two disagree; weight: the share that "
+        "the weighting `departure` gives.",
+    ]
+    for ensemble in results["ensembles"]:
+        parts.append(f"Of {', '.join(ensemble['students'])}:")
+        parts.append(departure_table(ensemble["teachers"]))
+    return parts
 
 
 def analysis_parts(results: Mapping[str, Any]) -> list[str]:
@@ -6554,33 +6706,96 @@ def feature_sheet(student: str) -> str:
     return f"features-{student}.png"
 
 
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
+       max-width: 68rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word }}
+h1 {{ font-size: 1.5rem }}  h2 {{ font-size: 1.2rem; margin-top: 2rem }}
+img {{ max-width: 100%; height: auto }}
+.table {{ overflow-x: auto }}
+table {{ border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .2rem .5rem; border-bottom: 1px solid #ddd; white-space: nowrap }}
+th:first-child, td:first-child {{ position: sticky; left: 0; background: #fff }}
+th {{ border-bottom: 2px solid #888; vertical-align: bottom }}
+@media print {{ body {{ max-width: none; font-size: 10pt }}  table {{ font-size: 6.5pt }}
+  th, td {{ white-space: normal; padding: .1rem .25rem }}  img, tr {{ break-inside: avoid }} }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def web_page(text: str, folder: Path) -> str:
+    """A report in Markdown as one HTML file, its pictures, which stand in `folder`, inside.
+
+    Names come from data: HTML in them stays text, and the page may load and run nothing.
+    """
+    from markdown import Markdown
+
+    converter = Markdown(extensions=["tables"])
+    converter.preprocessors.deregister("html_block")
+    converter.inlinePatterns.deregister("html")
+    body = converter.convert(text)
+    body = body.replace("<table>", '<div class="table"><table>')
+    body = body.replace("</table>", "</table></div>")
+
+    def inside(match: re.Match[str]) -> str:
+        path = (folder / html.unescape(match[1])).resolve()
+        if path.suffix != ".png" or folder.resolve() not in path.parents or not path.is_file():
+            return 'src=""'
+        return f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
+
+    body = re.sub(r'src="([^"]*)"', inside, body)
+    title = html.escape(text.partition("\n")[0].removeprefix("# "))
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return PAGE.format(policy=policy, title=title, body=body)
+
+
+# Figures are told apart without colour, too.
+MARKERS = "osD^vP*Xph"
+LINES = ("-", "--", "-.", ":")
+
+
+def legend_columns(names: Sequence[str], inches: float) -> int:
+    """How many columns of a legend of these names fit beside each other."""
+    longest = max(map(len, names), default=1)
+    return max(1, min(3, len(names), int(inches / (0.075 * longest + 0.5))))
+
+
 def draw_groups(results: Mapping[str, Any]) -> bytes:
     """Figure of results.json (PNG): accuracy of every group, and the worst marked, by row."""
     figure, pyplot = new_figure()
-    rows, names = results["rows"], [group["name"] for group in results["groups"]]
-    figure.set_size_inches(8, 1.6 + 0.36 * len(rows))
+    rows = results["rows"]
+    names = [shorten(group["name"], 60) for group in results["groups"]]
+    listed = len(names) <= len(MARKERS)
+    columns = legend_columns(names, 7)
+    legend_lines = math.ceil((len(names) + 1) / columns) if listed else 1
+    figure.set_size_inches(8, 1.0 + 0.2 * legend_lines + 0.36 * len(rows))
     axes = figure.subplots()
-    colours = pyplot.get_cmap("tab10" if len(names) <= 10 else "viridis", max(len(names), 10))
+    colours = pyplot.get_cmap("tab10" if listed else "viridis", max(len(names), 10))
     places = np.arange(len(rows))
     wga = [spread([member["wga"] for member in row["members"]]) for row in rows]
     axes.barh(
         places, [mean for mean, _ in wga], xerr=[std or 0 for _, std in wga], height=0.62,
         color="0.85", error_kw={"ecolor": "0.45", "capsize": 3}, label="worst group (mean ± std)",
     )
+    accuracy = np.stack([group_means(row["members"]) for row in rows])
     for g, name in enumerate(names):
-        accuracy = [
-            np.mean([np.nan if (a := m["groups"][g]) is None else a for m in row["members"]])
-            for row in rows
-        ]
         spots = places + 0.4 * ((g + 0.5) / len(names) - 0.5)  # none hides another
-        label = name if len(names) <= 10 else None
-        axes.scatter(accuracy, spots, s=28, color=colours(g), zorder=3, label=label)
+        axes.scatter(
+            accuracy[:, g], spots, s=28, color=colours(g), zorder=3,
+            marker=MARKERS[g % len(MARKERS)] if listed else "|", label=name if listed else None,
+        )
     axes.set_yticks(places, [shorten(row["name"], 48) for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 101)
     axes.set_xlabel(f"accuracy, % of {results['about']['split']} images of the group")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
     return png(figure, pyplot)
 
 
@@ -6589,30 +6804,92 @@ def draw_curves(results: Mapping[str, Any]) -> bytes:
     figure, pyplot = new_figure()
     members = {row["name"]: row["members"] for row in results["rows"]}
     names = list(dict.fromkeys(curve["field"] for curve in results["curves"]))
+    of_name = {name: [c for c in results["curves"] if c["field"] == name] for name in names}
     columns = min(3, len(names))
     lines = math.ceil(len(names) / columns)
-    figure.set_size_inches(max(5.0, 3.4 * columns), 3.0 * lines)
+    legend_lines = max(map(len, of_name.values()))
+    figure.set_size_inches(max(5.0, 3.8 * columns), (2.8 + 0.2 * legend_lines) * lines)
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for axis in axes[len(names) :]:
         axis.remove()
     for axis, name in zip(axes, names, strict=False):
-        for curve in results["curves"]:
+        for i, curve in enumerate(of_name[name]):
             points = [
                 (x, *spread([member["wga"] for member in members[student]]))
                 for x, student in curve["points"]
                 if student in members
             ]
-            if curve["field"] == name and points:
+            if points:
                 x, mean, std = zip(*points, strict=True)
                 axis.errorbar(
-                    x, mean, [each or 0 for each in std], marker="o", capsize=3,
-                    label=curve["label"],
+                    x, mean, [each or 0 for each in std], capsize=3, label=wrap(curve["label"], 44),
+                    marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)],
                 )
         axis.set_xlabel(name)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    figure.supylabel(f"WGA, % of {results['about']['split']} images (mean ± std)")
+        axis.legend(
+            loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False, fontsize=8,
+        )
+    figure.supylabel(f"WGA, % of {results['about']['split']} images (mean ± std)", fontsize=10)
     return png(figure, pyplot)
+
+
+def draw_training(results: Mapping[str, Any]) -> bytes:
+    """Figure of results.json (PNG): loss and WGA by epoch, a line for each kind of model."""
+    figure, pyplot = new_figure()
+    rows = [row | {"name": shorten(row["name"], 40)} for row in results["training"]]
+    columns = legend_columns([row["name"] for row in rows], 9)
+    figure.set_size_inches(10, 3.6 + 0.2 * math.ceil(len(rows) / columns))
+    loss, wga = figure.subplots(1, 2)
+    for i, row in enumerate(rows):
+        style = {
+            "color": f"C{i % 10}", "linestyle": LINES[i // 3 % len(LINES)],
+            "marker": MARKERS[i % len(MARKERS)], "markevery": 0.1, "markersize": 4,
+        }
+        epochs = np.arange(1, len(row["loss"]) + 1)
+        loss.plot(epochs, row["loss"], label=row["name"], **style)
+        wga.plot(epochs, row["wga"], **style)
+    loss.set_yscale("log")
+    loss.set_ylabel("training loss")
+    wga.set_ylabel("WGA, % of the selection part")
+    for axis in (loss, wga):
+        axis.set_xlabel("epoch")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    return png(figure, pyplot)
+
+
+def draw_sizes(results: Mapping[str, Any]) -> bytes:
+    """Figure of results.json (PNG): WGA against parameters, a sign for each architecture."""
+    figure, pyplot = new_figure()
+    by_arch: dict[str, list[Mapping[str, Any]]] = {}
+    for row in results["sizes"]["rows"]:
+        by_arch.setdefault(shorten(row["arch"], 40), []).append(row)
+    columns = legend_columns([*by_arch], 5)
+    figure.set_size_inches(6, 3.2 + 0.2 * math.ceil(len(by_arch) / columns))
+    axes = figure.subplots()
+    for i, (arch, rows) in enumerate(by_arch.items()):
+        axes.scatter(
+            [row["parameters"] for row in rows],
+            [np.mean(wga_of(row["models"], results)) for row in rows],
+            label=arch, marker=MARKERS[i % len(MARKERS)], alpha=0.7,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel(f"WGA, % of {results['about']['split']} images")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
+    return png(figure, pyplot)
+
+
+FIGURES = {
+    "groups": draw_groups, "sizes": draw_sizes, "training": draw_training, "curves": draw_curves,
+}
+
+
+def wrap(text: str, width: int) -> str:
+    """A text in lines of a width, no word longer than it."""
+    return "\n".join(textwrap.wrap(text, width)) or text
 
 
 def shorten(name: str, length: int) -> str:
@@ -6708,7 +6985,12 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
     if ctx.runtime.accelerator.is_main_process:
         if ctx.recipe.eval.probes:
             results["probes"] = probe_models(ctx, by_trunk)
-        write_report(results, ctx.out, suffix="-models" if paths else "")
+        suffix = "-models" if paths else ""
+        results["sizes"] = describe_sizes(models, ctx)
+        results["training"] = training_curves(models, results["choice"])
+        results["sheets"] = [] if paths else find_sheets(ctx)
+        results["mistakes"] = show_mistakes(models, logits[split], results["choice"], suffix, ctx)
+        write_report(results, ctx.out, suffix)
     ctx.runtime.accelerator.wait_for_everyone()
 
 
@@ -6968,6 +7250,229 @@ def probe(x: np.ndarray, y: np.ndarray, others: np.ndarray) -> np.ndarray:
 
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return model.fit(x, y).predict(others)
+
+
+SIZE_BATCH, SIZE_REPEATS = 8, 5
+
+
+def describe_sizes(models: Sequence[Scored], ctx: Context) -> dict[str, Any]:
+    """Parameters, million operations and milliseconds of an image, for each kind of model and
+    architecture; on the device at work, in the weights' precision."""
+    device, side = ctx.runtime.device, ctx.store.data.crop
+    images = torch.rand(SIZE_BATCH, 3, side, side, device=device)
+    timed: dict[tuple[str, Input], dict[str, float]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for model in models:
+        arch = read_metadata(model.path)["arch"]
+        if (model.row, arch) in rows:
+            rows[model.row, arch]["models"].append(model.name)
+            continue
+        network = load_model(model.path, device, ctx.store)
+        key = arch, network.input
+        if key not in timed:
+            timed[key] = measure_size(network, images)
+        rows[model.row, arch] = {"name": model.row, "arch": arch, "models": [model.name]}
+        rows[model.row, arch] |= timed[key]
+    where = f"{device.type} with {torch.get_num_threads()} thread(s)"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    return {"device": where, "side": side, "batch": SIZE_BATCH, "rows": [*rows.values()]}
+
+
+def measure_size(network: Classifier, images: Tensor) -> dict[str, float]:
+    """What a network's forward pass costs: parameters, and an image's operations and time."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    times = []
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            network(images)
+        for _ in range(SIZE_REPEATS):
+            began = now(images.device)
+            network(images)
+            times.append(now(images.device) - began)
+    return {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "mflop": counter.get_total_flops() / 1e6 / len(images),
+        "ms": 1000 * float(np.median(times)) / len(images),
+    }
+
+
+MOST_CURVES = 12  # that a figure can tell apart
+
+
+def training_curves(
+    models: Sequence[Scored], choice: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Loss and validation WGA by epoch, mean over the models of a row, of rows that were trained;
+    the recommended ones first."""
+    first = [choice[key] for key in ("ship", "runner_up") if choice]
+    found = []
+    for row in dict.fromkeys([*first, *(model.row for model in models)]):
+        histories = []
+        for path in (model.path for model in models if model.row == row):
+            file = beside(path, ".history.json")
+            if file.is_file() and (epochs := json.loads(file.read_text())["epochs"]):
+                histories.append(epochs)
+        if histories and all("loss" in epoch and "wga" in epoch for e in histories for epoch in e):
+            shortest = min(map(len, histories))
+            found.append({"name": row} | {
+                key: np.mean([[e[key] for e in each[:shortest]] for each in histories], 0).tolist()
+                for key in ("loss", "wga")
+            })
+    return found[:MOST_CURVES]
+
+
+def find_sheets(ctx: Context) -> list[dict[str, str]]:
+    """The pictures of generated images that stand in the run directory, of the first seed."""
+    sheets = []
+    for name in ctx.sets:
+        path = ctx.image_set(name, ctx.recipe.seeds[0]).path.parent / "sheet.png"
+        if path.is_file():
+            sheets.append({"name": name, "file": str(path.relative_to(ctx.out))})
+    return sheets
+
+
+# Where students look
+
+
+def map_module(model: Classifier, side: int) -> str:
+    """Path of the module whose output the head reads, meaned over positions or over the cells of a
+    grid; empty if there is none, as where a norm stands between, or in transformers."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, inputs, output: outputs.update({path: output})
+
+    hooks = [module.register_forward_hook(keep(path)) for path, module in model.named_modules()]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, side, side, generator=generator).to(model.mean)
+    with torch.no_grad():
+        features = model.features(images)
+    for hook in hooks:
+        hook.remove()
+    found, largest = "", 1
+    for path, output in outputs.items():
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] > largest:
+            grid = math.isqrt(features.shape[1] // output.shape[1])
+            if grid and output.shape[-1] % grid == 0 and output.shape[-2] == output.shape[-1]:
+                pooled = F.adaptive_avg_pool2d(output, grid).flatten(1)
+                if pooled.shape == features.shape and torch.allclose(pooled, features, atol=1e-5):
+                    found, largest = path, output.shape[-1]
+    return found
+
+
+def class_maps(model: Classifier, images: Tensor) -> Tensor | None:
+    """Class activation maps [B, C, h, w] (Zhou et al. 2016): what every position of the last
+    feature map adds to the logits, less the mean over classes, which changes no probability (ours).
+    Their sum over positions is the logits without bias, so centred. None where the head reads
+    something else."""
+    path = map_module(model, images.shape[-1])
+    if not path:
+        return None
+    kept: list[Tensor] = []
+    hook = model.get_submodule(path).register_forward_hook(
+        lambda module, inputs, output: kept.append(output)
+    )
+    with torch.no_grad():
+        model.features(images)
+    hook.remove()
+    features, weight = kept[-1], model.head.weight.detach()  # a module may be called twice
+    grid = math.isqrt(weight.shape[1] // features.shape[1])
+    times = features.shape[-1] // grid
+    cells = (weight - weight.mean(0)).unflatten(1, (-1, grid, grid)) / times**2
+    by_position = cells.repeat_interleave(times, 2).repeat_interleave(times, 3)
+    return torch.einsum("bdhw,cdhw->bchw", features.to(weight), by_position)
+
+
+MISTAKES, MOST_GROUPS = 3, 12  # images of a group; groups, the worst first
+
+
+def show_mistakes(
+    models: Sequence[Scored], logits: Mapping[Scored, Tensor], choice: Mapping[str, Any],
+    suffix: str, ctx: Context,
+) -> dict[str, Any]:
+    """The images of every group that a plain student is surest about and gets wrong; draws where it
+    and the recommended student look in them. Empty without students or without mistakes."""
+    by_row = {model.row: model for model in reversed(models) if model.row in ctx.students}
+    if not by_row:
+        return {}
+    plain = plain_student(by_row, ctx)
+    looked_at = [by_row[name] for name in dict.fromkeys([plain, choice.get("ship", plain)])]
+    store, indices = ctx.store, ctx.store.split(ctx.recipe.eval.split)
+    sure, answers = logits[by_row[plain]].double().softmax(-1).max(-1)
+    wrong = answers.numpy() != store.labels[indices]
+    groups = store.groups[indices]
+    share = {g: wrong[groups == g].mean() for g in set(groups[wrong].tolist())}
+    found = []
+    for g in sorted(share, key=lambda g: -share[g])[:MOST_GROUPS]:
+        places = np.flatnonzero(wrong & (groups == g))
+        surest = places[np.argsort(-sure.numpy()[places], kind="stable")][:MISTAKES]
+        found.append({"name": store.group_names[g], "images": indices[surest].tolist()})
+    if not found:
+        return {}
+    results: dict[str, Any] = {"students": [model.row for model in looked_at], "groups": found}
+    drawn, results["without_map"] = draw_mistakes(results, looked_at, ctx)
+    write_file(ctx.out / f"mistakes{suffix}.png", drawn)
+    return results
+
+
+def plain_student(by_row: Mapping[str, Scored], ctx: Context) -> str:
+    """The first student that learns from labels alone and keeps its head; else the first one."""
+    for name in by_row:
+        if not ctx.students[name].has_teachers and ctx.students[name].head == "own":
+            return name
+    return next(iter(by_row))
+
+
+def draw_mistakes(
+    found: Mapping[str, Any], students: Sequence[Scored], ctx: Context
+) -> tuple[bytes, list[str]]:
+    """Images of results.json's mistakes, beside each the map of every student's answer (PNG); and
+    the students that have no map."""
+    store, device = ctx.store, ctx.runtime.device
+    networks = [load_model(model.path, device, store) for model in students]
+    panels = 1 + len(networks)
+    figure, pyplot = new_figure()
+    figure.set_size_inches(1.25 * panels * MISTAKES + 1.6, 1.6 * len(found["groups"]))
+    axes = figure.subplots(len(found["groups"]), panels * MISTAKES, squeeze=False)
+    without_map: list[str] = []
+    for line, group in zip(axes, found["groups"], strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        line[0].text(
+            -0.1, 0.5, wrap(shorten(group["name"], 40), 16), fontsize=8, ha="right", va="center",
+            transform=line[0].transAxes,
+        )
+        at = np.array(group["images"])
+        images = store.view(at, device)
+        for k, i in enumerate(at):
+            axis = line[k * panels]
+            axis.imshow(images[k].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axis.set_title(shorten(store.class_names[store.labels[i]], 16), fontsize=7)
+        for s, (model, network) in enumerate(zip(students, networks, strict=True), 1):
+            with torch.no_grad():
+                sure, answers = network(images).double().softmax(-1).max(-1)
+            maps = class_maps(network, images)
+            if maps is None and model.row not in without_map:
+                without_map.append(model.row)
+            for k, answer in enumerate(answers.tolist()):
+                axis = line[k * panels + s]
+                if maps is not None:
+                    show_map(axis, images[k], maps[k, answer])
+                says = f"{shorten(store.class_names[answer], 12)} {100 * sure[k]:.0f} %"
+                axis.set_title(f"{shorten(model.row, 16)}\n{says}", fontsize=7)
+    return png(figure, pyplot), without_map
+
+
+def show_map(axis: Any, image: Tensor, evidence: Tensor) -> None:
+    """What speaks for a class, [h, w], laid over an image [3, S, S] in grey."""
+    positive = F.interpolate(
+        evidence[None, None].clamp(min=0), image.shape[-2:], mode="bilinear"
+    )[0, 0].cpu().numpy()
+    grey = image.mean(0).cpu().numpy()
+    axis.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(positive, cmap="inferno", alpha=0.6, interpolation="nearest")
 
 
 def analyse(models: Sequence[Scored], ctx: Context) -> list[dict[str, Any]]:
@@ -7490,13 +7995,6 @@ def in_bytes(count: float) -> str:
 
 def in_time(seconds: float) -> str:
     return f"{seconds / 3600:,.2f} h" if seconds >= 1800 else f"{seconds:,.1f} s"
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def folder_bytes(folder: Path) -> int:
@@ -8323,10 +8821,15 @@ def parse(kind: Any, default: Any, args: Sequence[str], prog: str, description: 
         lines = [line for line in lines if line and not set(line) & set("╭╰")]
         rule = next((i for i, line in enumerate(lines) if not line.strip("─")), len(lines))
         message = " ".join(lines[:rule]).rstrip(".")
-        near = [line.split()[0] for line in lines[rule:] if line.startswith("--")]
+        near = [line.split()[0].rstrip(",") for line in lines[rule:] if line.startswith("--")]
         if near and "Perhaps you meant:" in lines:
             message += f"; did you mean {' or '.join(dict.fromkeys(near))}?"
         raise Problem(f"{message} (see {prog} --help).") from None
+
+
+def default_out(name: str) -> str:
+    """Where results of a recipe stand unless --out says otherwise."""
+    return f"runs/{Path(name).stem.replace(':', '-')}"
 
 
 class Own(NamedTuple):
@@ -8374,9 +8877,7 @@ class Flags:
         self.prog = f"grokd.py {command} {name}"
         self.text = f"{COMMANDS[command].capitalize()}. "
         self.text += f"Values shown are those of the recipe {name}."
-        self.common = Common(
-            recipe.root, f"runs/{Path(name).stem.replace(':', '-')}", recipe.seeds
-        )
+        self.common = Common(recipe.root, default_out(name), recipe.seeds)
         self.args = [part for arg in args for part in self._split(arg)]
         self.kinds = flag_sections(command)
         options: list[Any] = [*self.kinds.items(), ("common", Annotated[Common, FLAT])]
@@ -8665,13 +9166,30 @@ def command_line(argv: Sequence[str]) -> None:
     if torch.cuda.is_available():
         memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
     say(f"Took {time.monotonic() - began:.0f} s, at most {memory}.")
+    if command in NEXT:
+        say(f"Next: {next_command(command, name, common)}")
     runtime.accelerator.end_training()
+
+
+NEXT = {
+    "teachers": "bias-model", "bias-model": "distill", "distill": "eval", "augment": "distill",
+}
+
+
+def next_command(command: str, name: str, common: Common) -> str:
+    """What to type when a command is done."""
+    words = ["python", "grokd.py", NEXT[command], name]
+    defaults = Common(out=default_out(name))
+    for flag in ("root", "out", "precision"):
+        if getattr(common, flag) != getattr(defaults, flag):
+            words += [f"--{flag}", getattr(common, flag)]
+    return shlex.join(words)
 
 
 def work(command: str, ctx: Context, models: Sequence[Path]) -> None:
     """The stages of a command."""
     if command != "eval":
-        say("", group_table(ctx.store), "")
+        say(banner(ctx), "", group_table(ctx.store), "")
     if command in ("teachers", "run"):
         run_teachers(ctx)
     if command in ("bias-model", "run"):
@@ -8680,6 +9198,19 @@ def work(command: str, ctx: Context, models: Sequence[Path]) -> None:
         run_stages(ctx)
     if command in ("eval", "run"):
         run_eval(ctx, models)
+
+
+def banner(ctx: Context) -> str:
+    """What computes, how, and where to: one line."""
+    runtime, device = ctx.runtime, ctx.runtime.device
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    if runtime.accelerator.num_processes > 1:
+        name += f", {runtime.accelerator.num_processes} processes"
+    threads = torch.get_num_threads()
+    return (
+        f"{ctx.name} on {name}, {runtime.precision}, {threads} thread{'s' * (threads > 1)}; results"
+        f" in {ctx.out}, images and the teachers' answers in {ctx.store.folder.parent}"
+    )
 
 
 def group_table(store: Store) -> str:

@@ -184,6 +184,17 @@ def test_finished_teacher_stands_beside_a_trained_one(images: Path, command: Gro
         command(images, "teachers", recipe)
 
 
+def test_finished_teacher_as_biased_model_has_no_losses_for_tab(
+    images: Path, command: Grokd
+) -> None:
+    torch.save(plain_resnet().state_dict(), images / "mine.pth")
+    tab = '"tab": Distill(**{**vars(student), "weighting": "one-hot", "rebalance": "tab"})'
+    recipe = edited(images, "brought.py", (TWO_TEACHERS, BROUGHT), ('"agre": student', tab),
+                    ("epochs=2", "epochs=1"))
+    with pytest.raises(Problem, match=r"bias-model/model.* was taken as it is, not trained, and"):
+        command(images, "run", recipe, "--seeds", "0")
+
+
 def test_finished_teacher_with_another_head_may_only_be_refitted(
     images: Path, command: Grokd
 ) -> None:

@@ -79,11 +79,32 @@ def test_run_makes_every_stage_and_row(finished: Path) -> None:
     report = (finished / "runs" / "tiny" / "report.md").read_text()
     assert "| class 1, attribute 1 |    4 |     4 |" in report
     printed = (finished / "printed.txt").read_text()
-    summary, _, rest = report.partition("\n## Teachers")
-    assert summary in printed and "## Ship this one" in summary
-    assert "| students/agre/seed1/model" in rest and "| students/agre" not in printed
+    assert "| students/agre/seed1/model" in report and "| students/agre" not in printed
+    assert "\ntiny.py on cpu, float32, 1 thread; results in runs/tiny, images and " in printed
+    assert "\nShip this one: " in printed and "report.html" in printed
     assert "| 1 resnet8 DFR |" in printed
     assert "Took " in printed and "GiB of memory" in printed
+
+
+def test_report_says_what_matters_first_and_holds_its_pictures(finished: Path) -> None:
+    out = finished / "runs" / "tiny"
+    found = json.loads((out / "results.json").read_text())
+    report = (out / "report.md").read_text()
+    order = ["# tiny", "## Ship this one", "## Accuracy", "groups.png", "## Sizes", "## Training",
+             "## Groups", "## Every model"]
+    places = [report.index(each) for each in order]
+    assert places == sorted(places)
+    page = (out / "report.html").read_text()
+    count = report.count("![")
+    assert count >= 3 and page.count("data:image/png;base64,") == count and 'src=""' not in page
+    sizes = {(row["name"], row["arch"]): row for row in found["sizes"]["rows"]}
+    assert sizes["teachers, ERM", "resnet8"]["parameters"] == 77_522
+    assert sizes["teachers, ERM", "cnn2"]["models"] == ["teachers/0/erm"]
+    assert sizes["agre", "cnn2"]["models"] == [f"students/agre/seed{s}/model" for s in (0, 1)]
+    if found["mistakes"]:
+        assert (out / "mistakes.png").is_file() and "mistakes.png" in report
+        wrong = {i for group in found["mistakes"]["groups"] for i in group["images"]}
+        assert wrong
 
 
 def test_reported_figures_are_those_of_the_saved_models(finished: Path) -> None:
@@ -275,9 +296,10 @@ def test_changed_teacher_is_refused_then_remade_with_all_that_follows(
     with pytest.raises(Problem, match=told):
         command(copy, "distill")
     printed = command(copy, "eval")
-    assert "## Left out" in printed
+    assert "Left out: " in printed
+    report = (copy / "runs/tiny/report.md").read_text()
     for name in ("teachers/0/erm", "teachers/1/dfr", "bias-model/model", "agre/seed1/model"):
-        assert f"{name}.safetensors was made with other settings" in printed
+        assert f"{name}.safetensors was made with other settings" in report
     assert next(iter(results(copy))) == "one-hot"
     command(copy, "teachers", "--redo")
     with pytest.raises(Problem, match=r"bias-model/model.safetensors was .* parent teachers/0"):
