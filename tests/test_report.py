@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -20,12 +20,8 @@ NAMES = st.text(st.characters(codec="ascii", categories=["L", "N"], include_char
                 min_size=1, max_size=70).filter(str.strip)
 
 
-@st.composite
-def results(draw: st.DrawFn) -> dict[str, Any]:
-    """results.json with names of any length."""
-    groups = draw(st.lists(NAMES, min_size=1, max_size=13, unique=True))
-    names = draw(st.lists(NAMES, min_size=2, max_size=13, unique=True))
-    archs = draw(st.lists(NAMES, min_size=1, max_size=3))
+def results_of(groups: list[str], names: list[str], archs: list[str]) -> dict[str, Any]:
+    """results.json with such names."""
     rows, lines = [], []
     for i, name in enumerate(names):
         members = [
@@ -53,8 +49,18 @@ def results(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@given(results())
-@settings(deadline=None, max_examples=12)
+def unique(most: int, least: int = 1) -> st.SearchStrategy[list[str]]:
+    return st.lists(NAMES, min_size=least, max_size=most, unique=True)
+
+
+RESULTS = st.builds(results_of, unique(13), unique(13, 2), unique(3))
+LONG = [f"{i}: photographs of waterbirds on land, taken in the winter of 1998" for i in range(12)]
+
+
+@example(results_of(LONG[:9], LONG, LONG[:3]))
+@example(results_of(LONG, LONG, LONG[:3]))
+@given(RESULTS)
+@settings(deadline=None, max_examples=8)
 def test_nothing_in_a_figure_is_cut_off_or_hidden(found: dict[str, Any]) -> None:
     finished: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -92,7 +98,7 @@ def drawn(figure: Any, pyplot: Any) -> set[str]:
     return kept
 
 
-@given(results())
+@given(RESULTS)
 @settings(deadline=None, max_examples=60)
 def test_terminal_shows_at_most_a_hundred_columns(found: dict[str, Any]) -> None:
     shown = grokd.terminal_summary(found)
