@@ -15,6 +15,10 @@ each:
 
     python recipes/measured/ensembles.py photographs --seeds 0 10 --students 3 --root FOLDER
 
+Students' learning rate was chosen among three with another ensemble, on the selection part:
+
+    python recipes/measured/ensembles.py photographs:tries --seeds 100 --root FOLDER
+
 Not measured yet.
 """
 
@@ -30,6 +34,7 @@ train = Train(epochs=6, batch_size=32, lr=3e-3, schedule="cosine", weight_decay=
 dfr = DFR(method="l1")
 student = Distill(arch="mobilenet_v2", weights=WEIGHTS, input=pixels, dfr=dfr, train=train)
 
+TRIED = ("one-hot", "average", "agre")
 weightings = {
     "average": replace(student, weighting="average"),
     "agre": student,
@@ -59,3 +64,16 @@ recipe = replace(
     eval=Eval(baseline="average"),
     published={},
 )
+recipes = {
+    "photographs": recipe,
+    "tries": replace(
+        recipe,
+        students={
+            f"{name}-lr{lr}": replace(each, train=replace(train, lr=lr))
+            for lr in (1e-3, 3e-3, 1e-2)
+            for students in (trained, refitted)
+            for name, each in students.items() if name.removesuffix("-dfr") in TRIED
+        },
+        eval=Eval("selection"),
+    ),
+}
