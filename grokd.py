@@ -3315,8 +3315,15 @@ def torchvision_weights(arch: str, name: str) -> tuple[Mapping[str, Tensor], Tri
     return state, mean, std
 
 
+def require_file(path: Path) -> None:
+    """Raise Problem if there is no such file."""
+    if not path.is_file():
+        raise Problem(f"{path} is not there: give the path of a file, seen from {Path.cwd()}.")
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Metadata of a safetensors file, or a JSON file; raises Problem if it cannot be read."""
+    require_file(path)
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text())
@@ -3330,6 +3337,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State dict and metadata of a weights file (.safetensors, or .pth without pickled code)."""
+    require_file(path)
     if path.suffix == ".safetensors":
         metadata = read_metadata(path)
         return load_file(path), metadata

@@ -110,7 +110,7 @@ MISTAKES = [
     (["teachers", "--epochs", "2.5"], r"--epochs: .*2.5"),
     (["run", "--data.crop", "99"], r"data.crop = 99 is larger than data.size = 16"),
     (["run", "--seeds"], r"at least one seed"),
-    (["eval", "--models", "none.safetensors"], r"none.safetensors cannot be read"),
+    (["eval", "--models", "none.safetensors"], r"none.safetensors is not there"),
 ]
 
 

@@ -305,7 +305,7 @@ def test_spurious_imagenet_names_what_is_missing(spurious: Path, tmp_path: Path)
     grokd.write_file(tmp_path / "few.safetensors", save(few.plain_state(), description))
     with pytest.raises(Problem, match=r"has 5 classes, not ImageNet's 1,000"):
         program.load(str(tmp_path / "few.safetensors"))
-    with pytest.raises(Problem, match=r"none.safetensors cannot be read"):
+    with pytest.raises(Problem, match=r"none.safetensors is not there"):
         program.load(str(tmp_path / "none.safetensors"))
 
 
