@@ -4,7 +4,8 @@
 
 Students of one ensemble share what its teachers happened to learn, so the spread over student seeds
 alone says too little. Here every run has its own teachers, biased model and student seeds. Runs
-stand under runs/ensembles/RECIPE/SEED and are gone on with; --save also draws FILE.png.
+stand under runs/ensembles/RECIPE/SEED and are gone on with; --save also draws FILE.png, if there
+are students that differ in one number.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def main() -> None:
     print(grokd.report(merged))
     if args.save:
         args.save.write_text(json.dumps(merged, indent=1) + "\n")
-        args.save.with_suffix(".png").write_bytes(grokd.draw_curves(merged))
+        if merged["curves"]:
+            args.save.with_suffix(".png").write_bytes(grokd.draw_curves(merged))
 
 
 if __name__ == "__main__":
