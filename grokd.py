@@ -113,6 +113,9 @@ sys.modules.setdefault("grokd", sys.modules[__name__])
 class Problem(Exception):
     """A mistake the user can mend: printed as one line, without a traceback."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.splitlines()))  # names of files may hold any sign
+
 
 @dataclass(frozen=True)
 class Range:
@@ -198,6 +201,7 @@ class Names(NamedTuple):
 
 Share = Annotated[float, Range(0, 1)]
 NotNegative = Annotated[float, Range(0)]
+Rate = Annotated[float, Range(0, 1e30)]  # what float32 holds
 Positive = Annotated[float, Range(1e-12)]
 Natural = Annotated[int, Range(0)]
 Count = Annotated[int, Range(1)]
@@ -301,7 +305,7 @@ class Train:
     # Images at once; lower it if memory runs out (batch norm then sees fewer). 0: all.
     micro_batch: Natural = 0
     # Peak learning rate. Lower it if the loss jumps, raise it if it falls slowly.
-    lr: NotNegative = 1e-3
+    lr: Rate = 1e-3
     # Learning rate over the steps, after the warm-up: cosine falls to 0 at the end.
     schedule: Literal["constant", "cosine"] = "constant"
     # Epochs over which the learning rate rises from 0. A few help transformers.
@@ -309,7 +313,7 @@ class Train:
     # SGD is what the papers use for ResNets; transformers want AdamW, with a lower lr.
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Share = 0.9  # Of SGD, that which refits heads too; AdamW keeps its own.
-    weight_decay: NotNegative = 1e-3  # Raise it if training accuracy is far above validation's.
+    weight_decay: Rate = 1e-3  # Raise it if training accuracy is far above validation's.
     # Distinct augmentations of the training set; epoch e uses e mod num_views. 0: new every epoch.
     num_views: Natural = 0
     # Draws the augmentations. Seeds share it, so that frozen teachers can be asked only once.
@@ -354,7 +358,7 @@ class DFR:
     gamma: Annotated[NotNegative, AFR] = 2.0
     # afr: weight of the squared distance from the learnt head. Published: 0 to .3.
     regularisation: Annotated[NotNegative, AFR] = 0.1
-    lr: Annotated[NotNegative, AFR] = 0.01  # afr: learning rate. Published: .01 and .02.
+    lr: Annotated[Rate, AFR] = 0.01  # afr: learning rate. Published: .01 and .02.
     steps: Annotated[Count, AFR] = 500  # afr: of gradient descent. Published: 500 and 1,000.
 
     @property
@@ -7506,7 +7510,9 @@ def _is_a(value: Any, hint: Any) -> bool:
     """Is a value of a type, containers' contents aside? True is no number, 1 is a float."""
     origin = typing.get_origin(hint)
     if origin is Literal:
-        return value in typing.get_args(hint)
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if type(value) is int and abs(value) >= 2**63:  # no tensor holds it
+        return False
     if hint is float:
         return type(value) in (int, float) and not math.isnan(value)
     if isinstance(value, bool):

@@ -1,18 +1,33 @@
 """Nothing lost, nobody misled: bad input, damaged files, two runs at once."""
 
+import csv
+import dataclasses
+import io
 import json
+import os
+import resource
 import shutil
+import struct
+import subprocess
+import sys
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
-from conftest import write_images
+import torch
+from conftest import ROOT, Run, write_images
 from hypothesis import HealthCheck, Phase, given, settings
 from kills import call
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import grokd
 from grokd import Problem
@@ -40,6 +55,312 @@ MADE = ("runs", "store")  # what a run writes, below the folder of the data
 SLOWLY = settings(
     deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+# Bad input
+
+
+def refused(work: Callable[[], Any]) -> Any:
+    """What it returns; None if it refused in one line, whose words are looked at."""
+    try:
+        return work()
+    except Problem as problem:
+        assert len(str(problem).splitlines()) == 1 and len(str(problem)) > 20
+        return None
+
+
+ODD_TEXTS = st.sampled_from([
+    "", "0", "1", "2", "-1", "1.0", "nan", "NaN", "1e9", "9" * 12, "9" * 5000, "²", "٣", "a",
+    "train", "val", "test", "../train000.png", "/etc/passwd", "/dev/zero", ".", "x" * 300, "a\0b",
+    "a\nb", '"', "'", ";", "train000.png", "link.png", "𝔘", "\u202e", " 0", "0 ", "0x1", "None",
+    "True",
+])
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> bytes:
+    """The metadata of the tiny data set, with something done to it."""
+    columns = ["image", "label", "place", "split"]
+    rows = [[f"{split}{label}{place}{k}.png", str(label), str(place), split]
+            for split in ("train", "val", "test") for label in (0, 1) for place in (0, 1)
+            for k in range(4)]
+    for _ in range(draw(st.integers(0, 3))):
+        row, column = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, 3))
+        rows[row][column] = draw(ODD_TEXTS | st.text(max_size=20))
+    kept = draw(st.sampled_from(["all", "all", "none", "one split", "one class", "one group"]))
+    if kept != "all":
+        column, value = {"none": (0, ""), "one split": (3, "train"), "one class": (1, "0"),
+                         "one group": (2, "1")}[kept]
+        rows = [row for row in rows if row[column] == value]
+    order = draw(st.permutations(range(4)) | st.lists(st.integers(0, 3), max_size=6))
+    text = io.StringIO(newline="")
+    delimiter = draw(st.sampled_from([",", ",", ",", ";", "\t"]))
+    writer = csv.writer(text, delimiter=delimiter)
+    writer.writerows([[line[i] for i in order] for line in (columns, *rows)])
+    encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1"]))
+    content = bytearray(text.getvalue().encode(encoding, "replace"))
+    for _ in range(draw(st.integers(0, 2))):
+        place = draw(st.integers(0, len(content)))
+        content[place:place] = draw(st.binary(max_size=4))
+    return bytes(content[: draw(st.sampled_from([None, None, None, 100, 1]))])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set, whose table may be changed."""
+    folder = write_images(tmp_path_factory.mktemp("bad") / "images")
+    (folder / "link.png").symlink_to("/etc/passwd")
+    return folder
+
+
+@settings(SLOWLY, max_examples=150)
+@given(content=tables())
+def test_any_table_is_read_right_or_refused_in_one_line(content: bytes, tiny: Path) -> None:
+    (tiny / "metadata.csv").write_bytes(content)
+    data = grokd.Data(size=20, crop=16, attribute_column="place", store=str(tiny / "store"))
+    store = refused(lambda: grokd.counted_store(data, str(tiny)))
+    if store is None:
+        return
+    with open(tiny / "metadata.csv", newline="", encoding="utf-8-sig") as file:
+        header, *rows = [row for row in csv.reader(file) if row]
+    assert len(store.labels) == len(rows)
+    for name, numbers in (("label", store.labels), ("place", store.attributes)):
+        words = [row[header.index(name)] for row in rows]
+        assert len({*zip(words, numbers.tolist(), strict=True)}) == len({*words})  # one number each
+    trained = store.labels[store.splits == 0]
+    assert {*trained} == {*store.labels} == {*range(store.num_classes)}
+
+
+MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "LA", "YCbCr", "HSV", "LAB"]
+FORMATS = ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"]
+
+
+@st.composite
+def pictures(draw: st.DrawFn) -> tuple[bytes, np.ndarray | None]:
+    """An image file, and the RGB pixels that it should come to, [H, W, 3], where that is clear."""
+    shape = draw(st.sampled_from([(1, 1), (1, 2), (3, 1), (7, 5), (300, 1), (1, 20_000), (64, 64)]))
+    mode, format = draw(st.sampled_from(MODES)), draw(st.sampled_from(FORMATS))
+    grey = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 256, shape, dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode in ("YCbCr", "HSV", "LAB", "CMYK"):
+        image = Image.new(mode, shape[::-1])
+    else:
+        image = Image.fromarray(grey).convert(mode)
+    more: dict[str, Any] = {}
+    if draw(st.booleans()):
+        more["exif"] = b"Exif\0\0" + draw(st.binary(max_size=40))
+    if draw(st.booleans()) and format in ("GIF", "TIFF", "WEBP"):
+        more |= {"save_all": True, "append_images": [image]}
+    if mode == "P" and draw(st.booleans()):
+        more["transparency"] = 0
+    file = io.BytesIO()
+    try:
+        image.save(file, format, **more)
+    except (OSError, ValueError, KeyError, TypeError, struct.error, SyntaxError, RuntimeError):
+        image = Image.fromarray(grey)
+        image.save(file, "PNG")
+        mode, more = "L", {}
+    content = bytearray(file.getvalue())
+    harm = draw(st.sampled_from(["none", "none", "cut", "flipped", "not an image"]))
+    if harm == "cut":
+        content = content[: draw(st.integers(0, len(content)))]
+    elif harm == "flipped":
+        content[draw(st.integers(0, len(content) - 1))] ^= draw(st.integers(1, 255))
+    elif harm == "not an image":
+        content = bytearray(draw(st.binary(max_size=50)))
+    clear = harm == "none" and mode in ("1", "L", "I;16") and format == "PNG" and not more
+    if not clear:
+        return bytes(content), None
+    if mode == "1":
+        grey = np.asarray(image.convert("L"))
+    return bytes(content), np.stack([grey] * 3, 2)
+
+
+@settings(SLOWLY, max_examples=120)
+@given(picture=pictures())
+@pytest.mark.filterwarnings("ignore")
+def test_any_image_is_stored_right_or_refused_by_name(
+    picture: tuple[bytes, np.ndarray | None], tiny: Path
+) -> None:
+    content, pixels = picture
+    folder = tiny / "built"
+    shutil.rmtree(folder, ignore_errors=True)
+    (tiny / "odd.img").write_bytes(content)
+    data = grokd.Data(size=8, crop=8)
+    try:
+        grokd.build_store([grokd.Row(tiny / "odd.img", 0, 0, "train")], data, folder, False)
+    except Problem as problem:
+        assert "1 images cannot be read: " in str(problem) and "odd.img" in str(problem)
+        assert pixels is None and not folder.exists() and not [*tiny.glob("built.part*")]
+        return
+    stored = np.fromfile(folder / "images.u8", np.uint8)
+    assert stored.size == 3 * 8 * 8
+    if pixels is not None:
+        expected = grokd.decode(pixels, 8, "squash")
+        assert np.abs(stored.astype(int) - expected.flatten()).max() <= 1
+
+
+def test_image_of_too_many_pixels_is_refused_before_it_is_decoded(tiny: Path) -> None:
+    file = io.BytesIO()
+    Image.new("1", (8, 8)).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    content[16:24] = struct.pack(">II", 20_000, 20_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tiny / "bomb.png").write_bytes(content)
+    rows = [grokd.Row(tiny / "bomb.png", 0, 0, "train")]
+    with pytest.raises(Problem, match=r"bomb.png \(Image size \(400000000 pixels\) exceeds"):
+        grokd.build_store(rows, grokd.Data(size=8, crop=8), tiny / "bomb", False)
+
+
+ODD_VALUES = st.sampled_from([
+    None, True, False, -1, 0, 1, 2, 0.5, 10**400, float("nan"), float("inf"), -float("inf"), "",
+    "x", "a\nb", "random", "../x", b"", [], {}, (), (1,), ("a", "b"), (0.1, 0.9), np.float64(1.0),
+    np.array([1, 2]), object(), print, Path("x"), {"a": 1}, (float("nan"),) * 2,
+])
+
+
+FIELDS = [
+    (part, field.name)
+    for part, kind in (("data", grokd.Data), ("teachers", grokd.Teachers), ("eval", grokd.Eval),
+                       ("bias_model", grokd.BiasModel), ("student", grokd.Distill),
+                       ("train", grokd.Train))
+    for field in dataclasses.fields(kind)
+]
+
+
+@settings(SLOWLY, max_examples=200)
+@given(part=st.sampled_from(FIELDS), value=ODD_VALUES)
+def test_any_value_of_a_recipe_is_refused_in_one_line_or_has_a_fingerprint(
+    part: tuple[str, str], value: Any
+) -> None:
+    name, field = part
+    students, teachers = {"agre": grokd.Distill()}, grokd.Teachers()
+    recipe = grokd.Recipe(grokd.Data(), teachers, grokd.BiasModel(), students)
+    change = {field: value}
+    if name == "student":
+        recipe = replace(recipe, students={"agre": replace(grokd.Distill(), **change)})
+    elif name == "train":
+        train = replace(grokd.Train(), **change)
+        recipe = replace(recipe, teachers=replace(teachers, train=train))
+    else:
+        recipe = replace(recipe, **{name: replace(getattr(recipe, name), **change)})
+
+    def settings_of() -> list[dict[str, Any]]:
+        grokd.check_recipe(recipe, "odd.py")
+        sections = (recipe.data, recipe.teachers, *recipe.students.values())
+        return [grokd.settings_of(section) for section in sections]
+
+    for values in refused(settings_of) or []:
+        assert grokd.digest(values) and "NaN" not in json.dumps(values)
+
+
+@pytest.mark.parametrize("code, told", [
+    (b"raise SystemExit(0)", "line 1: SystemExit: 0"),
+    (b"import sys\nsys.exit()", "line 2: SystemExit"),
+    (b"1 / 0", "line 1: ZeroDivisionError: division by zero"),
+    (b"raise ValueError('two\\nlines')", "ValueError: two lines"),
+    (b"def f(): f()\nf()", "RecursionError"),
+    (b"recipe = (", "line 1: SyntaxError"),
+    (b"\0", "null bytes"),
+    (b"x = '\xff'", "(unicode error)"),
+    (b"recipe = 3\nrecipes = 4", "defines no `recipe = Recipe"),
+    (b"import no_such_module", "ModuleNotFoundError"),
+])
+def test_recipe_that_fails_or_ends_the_program_is_one_line(
+    code: bytes, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "odd.py").write_bytes(code)
+    with pytest.raises(Problem) as caught:
+        grokd.command_line(["run", str(tmp_path / "odd.py")])
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_file_that_is_no_program_is_no_recipe(tiny: Path) -> None:
+    with pytest.raises(Problem, match=r"tiny.txt is no recipe: its name must end in .py"):
+        (tiny / "tiny.txt").write_text("recipe = 1")
+        grokd.command_line(["run", str(tiny / "tiny.txt")])
+
+
+def test_failing_reader_is_one_line_with_its_place(tiny: Path) -> None:
+    def reader(root: Path) -> list[grokd.Row]:
+        raise KeyError(root)
+
+    with pytest.raises(Problem, match=r"reader failed .*test_trust.py, line \d+\): KeyError"):
+        grokd.checked_rows(grokd.Data(reader=reader), str(tiny))
+    path, unchecked = tiny / "train000.png", cast(Any, grokd.Row)
+    for row in (3, ("x", 0, 0, "train"), unchecked("x", 0, 0, "train"),
+                unchecked(path, 0.5, 0, "train"), unchecked(path, 10**30, 0, "train")):
+        returned = cast(Any, [row])
+        data = grokd.Data(reader=partial(lambda rows, root: rows, returned))
+        with pytest.raises(Problem, match="The recipe's reader gives"):
+            grokd.checked_rows(data, "")
+    absent = grokd.Data(reader=lambda root: [grokd.Row(tiny / "absent.png", 0, 0, "train")])
+    with pytest.raises(Problem, match=r"absent.png is not there"):
+        grokd.counted_store(absent, "")
+
+
+class Code:
+    """Ends the test if it is run."""
+
+    def __reduce__(self) -> Any:
+        return pytest.exit, ("code of a weights file was run",)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A weights file of cnn2, with something done to it: suffix and content."""
+    torch.manual_seed(0)
+    state: dict[str, Any] = dict(grokd.CNN2(2).state_dict())
+    key = draw(st.sampled_from(sorted(state)))
+    change = draw(st.sampled_from(["none", "gone", "shape", "nan", "inf", "kind", "code"]))
+    suffix = draw(st.sampled_from([".safetensors", ".pth"]))
+    if change == "gone":
+        del state[key]
+    elif change == "shape":
+        state[key] = torch.zeros(draw(st.lists(st.integers(0, 3), max_size=3)))
+    elif change in ("nan", "inf"):
+        state[key].view(-1)[0] = float(change)
+    elif change == "kind":
+        state[key] = state[key].to(draw(st.sampled_from([torch.float64, torch.int32, torch.bool])))
+    elif change == "code" and suffix == ".pth":
+        state[key] = Code()
+    if suffix == ".pth":
+        file = io.BytesIO()
+        torch.save(state, file)
+        content = bytearray(file.getvalue())
+    else:
+        state = {name: value.contiguous().clone() for name, value in state.items()}
+        content = bytearray(save(state))
+    harm = draw(st.sampled_from(["none", "none", "cut", "flipped"]))
+    if harm == "cut":
+        content = content[: draw(st.integers(0, len(content)))]
+    elif harm == "flipped":
+        content[draw(st.integers(0, 500) | st.integers(0, len(content) - 1))] ^= 1
+    return suffix, bytes(content)
+
+
+@settings(SLOWLY, max_examples=100)
+@given(file=weights())
+def test_any_weights_file_is_loaded_whole_and_finite_or_refused_in_one_line(
+    file: tuple[str, bytes], tiny: Path
+) -> None:
+    path = tiny / f"odd{file[0]}"
+    path.write_bytes(file[1])
+    model = refused(lambda: grokd.build_model("cnn2", str(path), 2, grokd.Input(), 0))
+    if model is None:
+        return
+    assert grokd.all_finite(model.state_dict().values())
+    held = load_file(path) if file[0] == ".safetensors" else torch.load(path, weights_only=True)
+    for key, value in model.plain_state().items():
+        if not key.startswith("fc."):  # a head that does not fit is fresh
+            assert torch.equal(value, held[key].to(value))
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file's digest."""
+    return {str(path): grokd.file_digest(path) for path in folder.rglob("*")
+            if path.is_file() and path.name not in (".lock", "lock")}
 
 
 # Damage
@@ -246,3 +567,206 @@ def test_flipped_byte_of_a_generation_is_never_used(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert_repaired(half_generated, GENERATED_KINDS[name], damage, capsys)
+
+
+def test_refused_input_harms_nothing_of_a_finished_run(finished: Made) -> None:
+    finished.restore()
+    before, folder = tree(finished.folder / OUT), finished.folder
+    table, image = (folder / "metadata.csv").read_bytes(), (folder / "val000.png").read_bytes()
+    for path, kept, content in (
+        (folder / "metadata.csv", table, table.replace(b"val000.png", b"gone.png")),
+        (folder / "metadata.csv", table, table.replace(b",1,", b",7,")),
+        (folder / "val000.png", image, image[:50]),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(Problem):
+            finished.run()
+        path.write_bytes(kept)
+        assert tree(folder / OUT) == before
+    with pytest.raises(Problem, match="Keep both with --out DIR"):
+        finished.run("--teachers.lr", "0.5")
+    assert tree(folder / OUT) == before
+
+
+@pytest.mark.parametrize("pattern, told", [
+    ("runs/tiny/teachers/0/*.partial/[0-9]*", "state.pt cannot be read"),  # an empty folder
+    ("runs/tiny/teachers/0/*.partial/losses.f32", "losses.f32 does not fit"),
+])
+def test_half_a_checkpoint_is_said_and_made_again(
+    pattern: str, told: str, half_trained: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half_trained.restore(pattern)
+    (half_trained.folder / OUT / "teachers/0/erm.partial/000000003").mkdir(exist_ok=True)
+    half_trained.run()
+    assert told in capsys.readouterr().out
+    assert content(half_trained.folder) == half_trained.content
+
+
+def test_files_of_the_time_before_checksums_are_read(finished: Made, tmp_path: Path) -> None:
+    path = finished.kept / OUT / "teachers" / "0" / "erm.safetensors"
+    metadata = grokd.read_metadata(path)
+    older = tmp_path / "older.safetensors"
+    older.write_bytes(save(load_file(path), metadata))
+    assert grokd.read_metadata(older) == metadata and "checksum" not in metadata
+    model, again = grokd.load_model(path), grokd.load_model(older)
+    assert grokd.trunk_key(model) == grokd.trunk_key(again)
+    for name, content in (("a.json", b'{"fingerprint": "1"}'), ("b.pt", None)):
+        if content is None:
+            torch.save({"step": 3}, tmp_path / name)
+            assert grokd.read_state(tmp_path / name) == {"step": 3}
+        else:
+            (tmp_path / name).write_bytes(content)
+            assert grokd.read_metadata(tmp_path / name) == {"fingerprint": "1"}
+
+
+WRITE = """import grokd, torch
+state = {"b": torch.arange(3.0), "a": torch.ones(2, 2).half(), "c": torch.tensor(3)}
+content = grokd.weights_file(state, {f"key {i}": "→" * i for i in range(20)})
+"""
+
+
+def test_weights_files_have_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    code = WRITE + f"open({str(tmp_path / 'a.safetensors')!r}, 'wb').write(content)"
+    environment = os.environ | {"PYTHONHASHSEED": "77"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=ROOT)
+    here: dict[str, Any] = {}
+    exec(WRITE, here)
+    assert (tmp_path / "a.safetensors").read_bytes() == here["content"]
+    read = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(read[key], here["state"][key]) for key in here["state"])
+    assert grokd.read_metadata(tmp_path / "a.safetensors")["key 2"] == "→→"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FINISHED_KINDS, *TRAINED_KINDS, *GENERATED_KINDS])
+@settings(SLOWLY, max_examples=30, derandomize=False)
+@given(damage=ANYWHERE)
+def test_flipped_bytes_are_never_used(
+    name: str, damage: tuple[int, int, int], finished: Made, half_trained: Made,
+    half_generated: Made, capsys: pytest.CaptureFixture[str],
+) -> None:
+    for made, kinds in ((finished, FINISHED_KINDS), (half_trained, TRAINED_KINDS),
+                        (half_generated, GENERATED_KINDS)):
+        if name in kinds:
+            assert_repaired(made, kinds[name], damage, capsys)
+
+
+# What is said at the end of a training
+
+
+def test_network_that_names_one_class_alone_is_said(
+    finished: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished.restore("runs/tiny/bias-model", "runs/tiny/students")
+    state = grokd.CNN2(2).state_dict()
+    state["fc.bias"][1] = 100.0
+    (finished.folder / "one.safetensors").write_bytes(save(state))
+    grokd.command_line(["bias-model", "tiny.py", "--weights", "one.safetensors", "--epochs", "0"])
+    line, = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert line.startswith("warning: bias-model/model answers 'class 1' to every validation image")
+    assert "worst group has 0 %" in line and "lower its lr" in line
+
+
+def test_weights_that_are_not_finite_end_the_run_and_leave_the_last_checkpoint(
+    half_trained: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is finite still: it is that before the step."""
+    half_trained.restore()
+    path, = half_trained.files("runs/tiny/teachers/0/*.partial/[0-9]*/state.pt")
+    before, step = path.read_bytes(), grokd.Training.step
+
+    def overflow(self: grokd.Training, *args: Any) -> None:
+        step(self, *args)
+        next(self.model.parameters()).data[0] = float("inf")
+
+    monkeypatch.setattr(grokd.Training, "step", overflow)
+    with pytest.raises(Problem, match=r"0/erm: the weights are not finite after step 4: lower its"):
+        half_trained.run()
+    assert path.read_bytes() == before
+    assert not (half_trained.folder / OUT / "teachers/0/erm.safetensors").exists()
+
+
+# Disks, other runs, other machines
+
+
+def ending(*args: str) -> str:
+    """What a command that fails says last."""
+    with pytest.raises(SystemExit) as ended:
+        grokd.in_one_line(lambda: grokd.command_line(args))
+    line = str(ended.value)
+    assert line.startswith("error: ") and len(line.splitlines()) == 1
+    return line
+
+
+@pytest.mark.parametrize("out", ["metadata.csv/out", "/proc/out", "/dev/null"])
+def test_folder_that_cannot_be_written_is_one_line(out: str, finished: Made) -> None:
+    finished.restore()
+    assert "--out" in ending("teachers", "tiny.py", "--out", out)
+    assert str(Path(out).parts[0]) in ending("run", "tiny.py", "--data.store", out)
+
+
+@pytest.mark.parametrize("limit, what", [(10_000, "store"), (60_000, "checkpoints")])
+def test_full_disk_ends_in_one_line_and_the_run_goes_on(
+    limit: int, what: str, finished: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished.restore("store", "runs/tiny/teachers/0")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        line = ending("run", "tiny.py")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not be written (File too large): make room" in line
+    finished.run()
+    assert content(finished.folder) == finished.content
+    assert not [*finished.folder.rglob("*.part*")]
+
+
+def test_second_run_waits_for_the_store_of_the_first(finished: Made) -> None:
+    """Not for ever, and it takes what the other has built."""
+    finished.restore()
+    recipe = grokd.load_recipe("tiny.py")
+    lock, = finished.files("store/*.lock")
+    with ThreadPoolExecutor(1) as threads:
+        with grokd.locked(lock):
+            second = threads.submit(grokd.open_store, recipe.data, ".")
+            with pytest.raises(TimeoutError):
+                second.result(0.5)
+        assert len(second.result(60).labels) == 48
+    assert len([*finished.folder.glob("store/*/manifest.json")]) == 1
+
+
+def test_cache_that_is_deleted_under_a_running_student_changes_nothing(
+    finished: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished.restore("runs/tiny/students/agre")
+    answer, asked = grokd.Targets.answer, call(2)
+
+    def forgetful(self: grokd.Targets, batch: grokd.Batch) -> grokd.Ensemble:
+        if asked():
+            shutil.rmtree(self.folder)
+        return answer(self, batch)
+
+    monkeypatch.setattr(grokd.Targets, "answer", forgetful)
+    finished.run()
+    assert content(finished.folder) == finished.content
+    assert [*finished.folder.glob("store/targets/*-1")]
+
+
+def test_other_locale_time_zone_and_clock_change_nothing(
+    finished: Made, grokd_process: Run
+) -> None:
+    """The terminal has no arrows, and every file seems to be of the future or of 1970."""
+    finished.restore("runs/tiny/students/agre")
+    for i, path in enumerate(sorted(finished.folder.rglob("*"))):
+        if not path.is_symlink():
+            os.utime(path, (i % 2 * 2**32, i % 2 * 2**32))
+    strange = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+               "TZ": "Pacific/Kiritimati"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in strange.items():
+            patch.setenv(name, value)
+        printed = grokd_process("run", "tiny.py", "--data.cache-gb", "21", cwd=finished.folder)
+    assert "data.cache_gb 20.0 ? 21.0" in printed.stdout
+    assert content(finished.folder) == finished.content
