@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import ROOT, Run, write_images
 from hypothesis import HealthCheck, Phase, given, settings
-from kills import call
+from kills import SPENT, Herd, call
 from PIL import Image
 from safetensors.torch import load_file, save
 
@@ -770,3 +770,93 @@ def test_other_locale_time_zone_and_clock_change_nothing(
         printed = grokd_process("run", "tiny.py", "--data.cache-gb", "21", cwd=finished.folder)
     assert "data.cache_gb 20.0 ? 21.0" in printed.stdout
     assert content(finished.folder) == finished.content
+
+
+# Killed at any moment, whatever is at work
+
+
+MOMENTS = 30
+KILLED_RECIPE = MORE.replace("epochs=2", "epochs=8").replace("epochs=1,", "epochs=3,") + '''
+heads = grokd.replace(recipe.students["agre"], head="dfr")
+recipe = grokd.replace(
+    recipe, students={**recipe.students, "refitted": heads},
+    diffusion=grokd.replace(recipe.diffusion, checkpoint_minutes=1e-9),
+)
+'''
+
+
+class Whole(NamedTuple):
+    """A run that nobody disturbed."""
+
+    folder: Path
+    content: dict[str, Any]
+    seconds: float  # of the processor
+
+
+@pytest.fixture(scope="module")
+def herd() -> Iterator[Herd]:
+    herd = Herd()
+    yield herd
+    herd.close()
+
+
+def begin_anew(folder: Path) -> Path:
+    write_images(folder, per_group=8)
+    with open(folder / "tiny.py", "a") as recipe:
+        recipe.write(KILLED_RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, herd: Herd) -> Whole:
+    folder = begin_anew(tmp_path_factory.mktemp("whole") / "images")
+    never = {"KILLED_AFTER": "inf"}
+    ended = herd.run(folder, 1, "run", "tiny.py", place="moment", rank=0, environment=never)
+    assert ended.codes == [0], ended.errors
+    return Whole(folder, content(folder), float((folder / SPENT).read_text()))
+
+
+@pytest.fixture(scope="module")
+def record(request: pytest.FixtureRequest) -> Iterator[list[list[str]]]:
+    """Rows of the record that --record names."""
+    rows: list[list[str]] = []
+    file = "recipes/measured/moments.json"
+    command = f"pytest -n 0 -m slow tests/test_trust.py -k moment --record {file}"
+    about = grokd.origin(1) | {"command": command}
+    yield rows
+    if path := request.config.getoption("--record"):
+        header = ["killed after", "at work", "steps that stood", "same bits"]
+        results = {"about": about, "header": header, "rows": rows}
+        Path(path).write_text(json.dumps(results, indent=1))
+
+
+def at_work(folder: Path) -> tuple[str, str]:
+    """What a killed run was making, and the step of its checkpoint."""
+    if not [*folder.glob("store/*/manifest.json")]:
+        return "store", "–"
+    begun = sorted((folder / OUT).rglob("*.partial"), key=lambda path: path.stat().st_mtime)
+    if not begun:
+        return "between two, or the report", "–"
+    steps = [path.name.lstrip("0") for path in begun[-1].glob("[0-9]*") if path.name.isdecimal()]
+    name = begun[-1].relative_to(folder / OUT).with_suffix("")
+    return str(name), max(steps, key=int, default="–")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(MOMENTS))
+def test_run_killed_at_a_random_moment_ends_with_the_same_bits(
+    number: int, tmp_path: Path, herd: Herd, whole: Whole, record: list[list[str]]
+) -> None:
+    """One moment of each thirtieth of the processor time that a run takes."""
+    folder = begin_anew(tmp_path / "images")
+    share = (number + grokd.hash_uniform(2026, number)[0]) / MOMENTS
+    seconds = f"{share * whole.seconds:.2f}"
+    ended = herd.run(folder, 1, "run", "tiny.py", place="moment", rank=0,
+                     environment={"KILLED_AFTER": seconds})
+    assert ended.codes in ([-9], [0])  # it may have been faster than the first one
+    found = at_work(folder) if ended.codes == [-9] else ("it had ended", "–")
+    again = herd.run(folder, 1, "run", "tiny.py")
+    same = again.codes == [0] and content(folder) == whole.content
+    record.append([f"{seconds} s", *found, "yes" if same else "no"])
+    assert same, (found, again.errors)
+    assert not [*folder.rglob("*.partial"), *folder.rglob("*.part*")]
