@@ -1,10 +1,14 @@
 """Nothing lost, nobody misled: bad input, damaged files, two runs at once."""
 
+import bisect
 import csv
 import dataclasses
+import errno
+import importlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import struct
@@ -770,6 +774,148 @@ def test_other_locale_time_zone_and_clock_change_nothing(
         printed = grokd_process("run", "tiny.py", "--data.cache-gb", "21", cwd=finished.folder)
     assert "data.cache_gb 20.0 ? 21.0" in printed.stdout
     assert content(finished.folder) == finished.content
+
+
+# What no other test noticed: see recipes/measured/mutations.py
+
+
+def test_every_fault_stands_once_in_the_source_and_in_every_section_is_one() -> None:
+    module = load_mutations()
+    source = (ROOT / "grokd.py").read_text()
+    titles = re.findall(r"^# ---- (.+?) -+$", source, re.MULTILINE)
+    places = {fault.name: source.find(fault.old) for fault in module.FAULTS}
+    assert len(places) == len(module.FAULTS) >= 40
+    assert all(source.count(fault.old) == 1 and fault.old != fault.new for fault in module.FAULTS)
+    starts = [source.index(f"# ---- {title} -") for title in titles]
+    assert {bisect.bisect(starts, place) for place in places.values()} == {
+        *range(1, len(titles) + 1)}
+    for fault in module.FAULTS:
+        assert (ROOT / fault.tests.split()[0]).is_file()
+
+
+def load_mutations() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "recipes" / "measured"))
+        return importlib.import_module("mutations")
+
+
+def test_every_byte_of_our_files_is_looked_after(tmp_path: Path) -> None:
+    """Flipped, it is noticed; or, in the name of the checksum itself, nothing else has changed."""
+    note, model, state = (tmp_path / name for name in ("a.json", "a.safetensors", "state.pt"))
+    said = {"fingerprint": "0123", "settings": '{"lr": 0.1}'}
+    tensors = {"a": torch.arange(3.0), "b": torch.ones(2, dtype=torch.float64)}
+    note.write_text(json.dumps(grokd.with_checksum(said)))
+    model.write_bytes(grokd.weights_file(tensors, said))
+    saved = io.BytesIO()
+    torch.save({"step": 3, "model": tensors}, saved)
+    state.write_bytes(grokd.sealed(saved.getvalue()))
+
+    def read_model() -> dict[str, Any]:
+        read, metadata = grokd.read_weights(model)
+        return metadata | {key: value.tolist() for key, value in read.items()}
+
+    def read_checkpoint() -> dict[str, Any]:
+        held = grokd.read_state(state)
+        return {key: str(value) for key, value in held.items()}
+
+    for path, read in ((note, lambda: grokd.read_json(note)), (model, read_model),
+                       (state, read_checkpoint)):
+        whole, expected, noticed = path.read_bytes(), read(), 0
+        for place in range(0, len(whole), 1 + len(whole) // 400):
+            flip(path, place, 1 << place % 8)
+            grokd.checksum_fits.cache_clear()  # a clock may be too coarse for so many changes
+            found = refused(read)
+            noticed += found is None
+            assert found is None or expected.items() <= found.items(), (path, place)
+            path.write_bytes(whole)
+        assert noticed > 0.7 * len(range(0, len(whole), 1 + len(whole) // 400))
+
+
+def test_write_that_fails_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    grokd.write_file(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(Problem, match=r"a could not be written \(No space left on device\)"):
+        grokd.write_file(tmp_path / "a", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_sixteen_bits_are_stored_as_their_upper_eight() -> None:
+    grey = np.arange(0, 65_536, 1024, dtype=np.uint16).reshape(8, 8)
+    stored = grokd.decode(grey, 8, "squash")
+    assert np.array_equal(stored[0], grey >> 8) and np.array_equal(stored[0], stored[2])
+    for values in (grey.astype(np.int32), grey.astype(np.float32) / 65_536):
+        with pytest.raises(ValueError, match="save it with 8 or 16 bits"):
+            grokd.decode(values, 8, "squash")
+
+
+def test_learning_rate_rises_and_falls_as_planned() -> None:
+    train = grokd.Train(epochs=3, lr=2.0, schedule="cosine", warmup_epochs=1.0)
+    rates = [grokd.learning_rate(train, step, 4) for step in range(12)]
+    assert rates[:4] == pytest.approx([0.4, 0.8, 1.2, 1.6])
+    assert rates[4] == 2.0 and rates[8] == pytest.approx(1.0)
+    assert rates[11] == pytest.approx(1 + np.cos(np.pi * 7 / 8))
+    assert grokd.learning_rate(replace(train, schedule="constant"), 11, 4) == 2.0
+
+
+def test_heads_of_one_network_do_not_carry_over(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refitted head that is written first leaves the next one as it was learnt."""
+    folder = write_images(tiny.with_name("heads"))
+    with open(folder / "tiny.py", "a") as recipe:
+        recipe.write("""
+both = {"refitted": recipe.students["one-hot-dfr"], "own": recipe.students["one-hot"]}
+import grokd
+recipe = grokd.replace(recipe, seeds=(0,), students=both)
+""")
+    monkeypatch.chdir(folder)
+    grokd.command_line(["distill", "tiny.py"])
+    grokd.command_line(["distill", "tiny.py", "--student", "own", "--out", "alone"])
+    own, alone, refitted = (load_file(path / "seed0" / "model.safetensors") for path in (
+        OUT / "students/own", Path("alone/students/own"), OUT / "students/refitted"))
+    assert all(torch.equal(own[key], alone[key]) for key in own)
+    assert not torch.equal(own["fc.weight"], refitted["fc.weight"])
+
+
+def test_training_set_is_rebalanced_by_group_or_class(tiny: Path) -> None:
+    folder = write_images(tiny.with_name("uneven"))
+    table = (folder / "metadata.csv").read_text()
+    kept = [line for line in table.splitlines(keepends=True)
+            if not line.startswith(("train000.png", "train110.png"))]
+    (folder / "metadata.csv").write_text("".join(kept))
+    data = grokd.Data(size=8, crop=8, attribute_column="place", store=str(folder / "store"))
+    ctx: Any = SimpleNamespace(store=grokd.counted_store(data, str(folder)))
+    counts = {
+        way: grokd.training_store(grokd.Distill(rebalance=way), 0, ctx).split("train")
+        for way in ("none", "classes", "groups")
+    }
+    assert [len(indices) for indices in counts.values()] == [14, 14, 16]
+    assert np.bincount(ctx.store.cells[counts["groups"]]).tolist() == [4] * 4
+
+
+def test_damaged_record_of_an_image_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "records-0.jsonl"
+    lines = [json.dumps(grokd.with_checksum({"source": i, "score": 0.5})) for i in range(3)]
+    lines[1] = lines[1].replace("0.5", "0.7")
+    path.write_text("\n".join([*lines, '{"source": 7, "score": 1.0}', '{"sour']))
+    assert [record["source"] for record in grokd.read_records(tmp_path)] == [0, 2, 7]
+
+
+def test_answers_in_another_precision_have_files_of_their_own(tiny: Path) -> None:
+    data = grokd.Data(size=8, crop=8, attribute_column="place", store=str(tiny / "store"))
+    write_images(tiny)
+    store, runtime = grokd.counted_store(data, str(tiny)), grokd.Runtime.start("float32")
+    model = grokd.build_model("cnn2", "random", 2, grokd.Input(), 0).eval()
+    names = {
+        grokd.Targets([model], 1, store, {}, replace(runtime, precision=precision), 0).files[0].name
+        for precision in ("float32", "bfloat16", "float64")
+    }
+    assert len(names) == 3
 
 
 # Killed at any moment, whatever is at work
