@@ -118,6 +118,9 @@ sys.modules.setdefault("grokd", sys.modules[__name__])
 class Problem(Exception):
     """A mistake the user can mend: printed as one line, without a traceback."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.splitlines()))  # names of files may hold any sign
+
 
 @dataclass(frozen=True)
 class Range:
@@ -203,6 +206,7 @@ class Names(NamedTuple):
 
 Share = Annotated[float, Range(0, 1)]
 NotNegative = Annotated[float, Range(0)]
+Rate = Annotated[float, Range(0, 1e30)]  # what float32 holds
 Positive = Annotated[float, Range(1e-12)]
 Natural = Annotated[int, Range(0)]
 Count = Annotated[int, Range(1)]
@@ -306,7 +310,7 @@ class Train:
     # Images at once; lower it if memory runs out (batch norm then sees fewer). 0: all.
     micro_batch: Natural = 0
     # Peak learning rate. Lower it if the loss jumps, raise it if it falls slowly.
-    lr: NotNegative = 1e-3
+    lr: Rate = 1e-3
     # Learning rate over the steps, after the warm-up: cosine falls to 0 at the end.
     schedule: Literal["constant", "cosine"] = "constant"
     # Epochs over which the learning rate rises from 0. A few help transformers.
@@ -314,7 +318,7 @@ class Train:
     # SGD is what the papers use for ResNets; transformers want AdamW, with a lower lr.
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Share = 0.9  # Of SGD, that which refits heads too; AdamW keeps its own.
-    weight_decay: NotNegative = 1e-3  # Raise it if training accuracy is far above validation's.
+    weight_decay: Rate = 1e-3  # Raise it if training accuracy is far above validation's.
     # Distinct augmentations of the training set; epoch e uses e mod num_views. 0: new every epoch.
     num_views: Natural = 0
     # Draws the augmentations. Seeds share it, so that frozen teachers can be asked only once.
@@ -359,7 +363,7 @@ class DFR:
     gamma: Annotated[NotNegative, AFR] = 2.0
     # afr: weight of the squared distance from the learnt head. Published: 0 to .3.
     regularisation: Annotated[NotNegative, AFR] = 0.1
-    lr: Annotated[NotNegative, AFR] = 0.01  # afr: learning rate. Published: .01 and .02.
+    lr: Annotated[Rate, AFR] = 0.01  # afr: learning rate. Published: .01 and .02.
     steps: Annotated[Count, AFR] = 500  # afr: of gradient descent. Published: 500 and 1,000.
 
     @property
@@ -1931,6 +1935,56 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
         ) from error
 
 
+def with_checksum(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of itself, with a digest of it: see `read_json`."""
+    return {**description, "checksum": digest(dict(description))}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object that `with_checksum` was written of, or an older one without a checksum. Raises
+    Problem for a file that is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        checksum = content.pop("checksum", None)
+        if checksum not in (None, digest(content)):
+            raise ValueError("its checksum does not fit")
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(path, error) from error
+    return content
+
+
+def unreadable(path: Path, error: Exception) -> Problem:
+    """What is said of a damaged file of ours."""
+    return Problem(
+        f"{path} cannot be read ({error}): if it is damaged, delete it and make it again."
+    )
+
+
+SEAL = b"\ngrokd "  # stands before the digest that ends a sealed file
+
+
+def sealed(content: bytes) -> bytes:
+    """The content with a digest of it behind; readers of zip files pass over that."""
+    return content + SEAL + digest(content).encode()
+
+
+def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What torch saved in a sealed file, or in an older one without a seal. Raises Problem for one
+    that is damaged."""
+    try:
+        content = path.read_bytes()
+        head, mark, end = content.rpartition(SEAL)
+        if mark and len(end) == 16:
+            content = head
+            if digest(content).encode() != end:
+                raise ValueError("its checksum does not fit")
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception as error:  # pickle's, zipfile's and torch's own, without a common base
+        raise unreadable(path, ValueError(str(error).partition("\n")[0])) from error
+
+
 @functools.cache
 def warn_of_locks(reason: str) -> None:
     """Once a process."""
@@ -2335,11 +2389,11 @@ def read_rows(data: Data, root: str) -> list[Row]:
     Raises Problem for a missing table, column or image, and for an unknown split code.
     """
     if data.reader is not None:
-        return list(data.reader(Path(root)))
+        return rows_of_reader(data.reader, Path(root))
     path = Path(root) / data.metadata
     records = read_table(path, data)
     files = [path.parent / record[data.image_column] for record in records]
-    if absent := [str(file) for file in files if not file.is_file()]:
+    if absent := [str(file) for file in files if not is_image_file(file)]:
         raise Problem(
             f"{len(absent)} of the {len(files)} images that {path} names do not exist: "
             + ", ".join(absent)
@@ -2352,14 +2406,39 @@ def read_rows(data: Data, root: str) -> list[Row]:
     return [Row(*values) for values in zip(files, labels, attributes, splits, strict=True)]
 
 
+def rows_of_reader(reader: Callable[[Path], Iterable[Row]], root: Path) -> list[Row]:
+    """What a recipe's reader returns; raises Problem, with the place, for an error in it."""
+    try:
+        return list(reader(root))
+    except Problem:
+        raise
+    except Exception as error:  # the recipe's own code
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Problem(
+            f"The recipe's reader failed ({place.filename}, line {place.lineno}): {reason}."
+        ) from error
+
+
+def is_image_file(path: Path) -> bool:
+    """Is there a file? Names that no file system takes are none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def read_table(path: Path, data: Data) -> list[dict[str, str]]:
     """The records of metadata.csv, with nothing missing in the columns that are needed."""
     if not path.is_file():
         raise Problem(f"{path} does not exist: give the folder of the data with --root.")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        records = list(reader)
-        present = reader.fieldnames or []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            records = list(reader)
+            present = list(reader.fieldnames or [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Problem(f"{path} is no table of text in UTF-8 ({error}): save it as CSV.") from error
     needed = [data.image_column, data.label_column, data.split_column]
     if data.attribute_column:
         needed.append(data.attribute_column)
@@ -2369,6 +2448,8 @@ def read_table(path: Path, data: Data) -> list[dict[str, str]]:
                 f"{path} has no column {column!r}; it has {', '.join(map(repr, present))}: name "
                 "yours in the recipe's Data (image_column, label_column ...)."
             )
+        if present.count(column) > 1:
+            raise Problem(f"{path} has several columns {column!r}: leave one of them.")
     if not records:
         raise Problem(f"{path} has no rows.")
     for line, record in enumerate(records, 2):
@@ -2398,7 +2479,7 @@ def column_codes(
     -1 for what it leaves empty."""
     values = [record[column] or "" for record in records]
     words = sorted({*values} - {""})
-    if all(word.isdecimal() for word in words):
+    if all(word.isdecimal() and len(word) < 10 for word in words):  # longer ones are names
         return [int(value or -1) for value in values]
     order = list(names) or words
     for line, value in enumerate(values, 2):
@@ -2418,7 +2499,7 @@ def decode(source: Path | np.ndarray | io.BytesIO, size: int, geometry: str) -> 
     else:
         with Image.open(source) as file:
             image = ImageOps.exif_transpose(file)
-    image = image.convert("RGB")
+    image = eight_bits(image).convert("RGB")
     box = None
     if geometry == "shorter_side":
         side = min(image.size)
@@ -2427,6 +2508,18 @@ def decode(source: Path | np.ndarray | io.BytesIO, size: int, geometry: str) -> 
         box = (left, top, left + side, top + side)
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits with the upper 8 of them, where Pillow would cut off at 255. Raises
+    ValueError for one whose range of values is not known."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        low, high = typing.cast(tuple[float, float], image.getextrema())
+        if not (low >= 0 and high <= 255 and (image.mode == "I" or high > 1)):
+            raise ValueError(f"values from {low:g} to {high:g}: save it with 8 or 16 bits")
+    return image
 
 
 class Stored(NamedTuple):
@@ -2730,7 +2823,10 @@ def open_store(data: Data, root: str) -> Store:
     encoded = is_encoded(rows, data)
     folder = store_folder(rows, data)
     with locked(folder.with_suffix(".lock"), wait=True) as alone:
-        if not (folder / "manifest.json").is_file():
+        is_there = (folder / "manifest.json").is_file()
+        if read_manifest(rows, data, folder) is None:
+            if alone or is_there:
+                shutil.rmtree(folder, ignore_errors=True)
             if alone:  # on this machine: what was begun here is of processes that were killed
                 for part in folder.parent.glob(f"{folder.name}.part-{socket.gethostname()}-*"):
                     shutil.rmtree(part)
@@ -2741,13 +2837,30 @@ def open_store(data: Data, root: str) -> Store:
 def checked_rows(data: Data, root: str) -> list[Row]:
     """Rows of the data set; raises Problem for values that mean nothing."""
     rows = read_rows(data, root)
+    source = "The recipe's reader" if data.reader else str(Path(root) / data.metadata)
     if not rows:
-        raise Problem("The recipe's reader returned no images.")
+        raise Problem(f"{source} gives no images.")
     for row in rows:
-        least = -1 if row.split == "train" else 0
-        if row.split not in SPLITS or row.label < 0 or row.attribute < least:
-            raise Problem(f"The recipe's reader returned {row!r}: see grokd.Row for what it means.")
+        if not is_row(row):
+            shown = textwrap.shorten(repr(row), 200)
+            raise Problem(f"{source} gives {shown}: see grokd.Row for what it means.")
+        if max(row.label, row.attribute) >= len(rows):  # every class and attribute needs images
+            raise Problem(
+                f"{source} gives class {row.label} and attribute {row.attribute}, and only "
+                f"{len(rows)} images: number both from 0, or name them."
+            )
     return rows
+
+
+def is_row(row: Any) -> bool:
+    """Does it mean an image?"""
+    if not isinstance(row, Row) or row.split not in SPLITS:
+        return False
+    if not isinstance(row.image, Path | np.ndarray):
+        return False
+    if not all(isinstance(number, int | np.integer) for number in (row.label, row.attribute)):
+        return False
+    return row.label >= 0 and row.attribute >= (-1 if row.split == "train" else 0)
 
 
 def is_encoded(rows: Sequence[Row], data: Data) -> bool:
@@ -2763,13 +2876,14 @@ def store_folder(rows: Sequence[Row], data: Data) -> Path:
 
 def stored_rows(rows: Sequence[Row], data: Data, folder: Path) -> Store:
     """The store in `folder`; without one, the same without images, of which to ask for numbers."""
-    manifest: dict[str, Any] = {"offsets": [], "checksums": []}
+    manifest = read_manifest(rows, data, folder)
     images: np.ndarray = np.zeros((0, 3, data.size, data.size), np.uint8)
-    if (folder / "manifest.json").is_file():
-        manifest = json.loads((folder / "manifest.json").read_text())
+    if manifest:
         images = np.memmap(folder / "images.u8", np.uint8, "r")
         if not manifest["offsets"]:
             images = images.reshape(len(rows), 3, data.size, data.size)
+    else:
+        manifest = {"offsets": [], "checksums": []}
     store = Store(
         data, folder, images, **manifest,
         labels=np.array([row.label for row in rows], np.int64),
@@ -2780,11 +2894,31 @@ def stored_rows(rows: Sequence[Row], data: Data, folder: Path) -> Store:
     return store
 
 
+def read_manifest(rows: Sequence[Row], data: Data, folder: Path) -> dict[str, Any] | None:
+    """What the store in `folder` says of itself; None, with a warning if it is damaged, where it is
+    to be built. Blocks of images are checked as they are read."""
+    path, images = folder / "manifest.json", folder / "images.u8"
+    if not path.is_file():
+        return None
+    try:
+        manifest = read_json(path)
+        offsets, size = manifest["offsets"], images.stat().st_size
+        if size != (offsets[-1] if offsets else store_bytes(len(rows), data.size)):
+            raise ValueError(f"images.u8 has {size:,} bytes")
+    except (Problem, OSError, KeyError, ValueError) as error:
+        say(f"warning: {folder} is damaged, so it is built anew ({error})")
+        return None
+    return manifest
+
+
 def image_identity(image: Path | np.ndarray) -> Any:
     """What tells an image from another without decoding it."""
     if isinstance(image, np.ndarray):
         return [str(image.dtype), image.shape, zlib.crc32(image.tobytes())]
-    stat = image.stat()
+    try:
+        stat = image.stat()
+    except (OSError, ValueError) as error:
+        raise Problem(f"The image {image} is not there: {error}.") from error
     return [str(image.absolute()), stat.st_size, stat.st_mtime_ns]
 
 
@@ -2855,7 +2989,7 @@ def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> Non
     def load(i: int) -> bytes:
         try:
             return stored_form(rows[i], data, encoded)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's plug-ins raise what they like
             source = rows[i].image
             failures.append(f"{source if isinstance(source, Path) else f'image {i}'} ({error})")
             return b""
@@ -2874,7 +3008,7 @@ def build_store(rows: list[Row], data: Data, folder: Path, encoded: bool) -> Non
         shutil.rmtree(part)
         raise Problem(f"{len(failures)} images cannot be read: " + ", ".join(sorted(failures)))
     manifest = {"offsets": offsets if encoded else [], "checksums": checksums}
-    (part / "manifest.json").write_text(json.dumps(manifest))
+    (part / "manifest.json").write_text(json.dumps(with_checksum(manifest)))
     try:
         part.rename(folder)
     except OSError:
@@ -3117,6 +3251,7 @@ class Classifier(nn.Module):
             if not fits:
                 state = {key: value for key, value in state.items() if not key.startswith(heads)}
             state = {**left, **state}
+        check_finite(state, source)
         prefix = f"{self.head_path}."
         nested = {}
         for key, value in state.items():
@@ -3145,6 +3280,23 @@ def plain_network(arch: str, num_classes: int) -> nn.Module:
         raise Problem(f"Unknown architecture {arch!r}{suggest(arch, choices)}")
     extra = {"init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     return models.get_model(arch, weights=None, num_classes=num_classes, **extra)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Is every number of them finite? The device is waited for once."""
+    flags = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    return bool(torch.stack(flags).all()) if flags else True
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise Problem for weights that are not finite: every answer of them would be."""
+    if all_finite(state.values()):
+        return
+    bad = [name for name, value in state.items() if not all_finite([value])]
+    raise Problem(
+        f"{source} holds values that are not finite ({', '.join(bad)[:200]}): its training has "
+        "diverged or it is damaged, so make it again or name another file."
+    )
 
 
 def find_head(network: nn.Module) -> str:
@@ -3321,18 +3473,47 @@ def require_file(path: Path) -> None:
         raise Problem(f"{path} is not there: give the path of a file, seen from {Path.cwd()}.")
 
 
+def weights_file(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose metadata hold a checksum of it all; its bytes depend on its content
+    alone, where the library writes metadata in an order that changes from run to run."""
+    header, data = split_weights(save(dict(state)))
+    header["__metadata__"] = {**metadata, "checksum": digest([header, dict(metadata)], data)}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight bytes
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def split_weights(content: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file and the bytes of its tensors."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
+@functools.cache
+def checksum_fits(path: Path, size: int, changed: int) -> bool:
+    """Is a safetensors file of ours as it was written? Read once, unless size or time change."""
+    header, data = split_weights(path.read_bytes())
+    metadata = header.pop("__metadata__")
+    return metadata.pop("checksum") == digest([header, metadata], data)
+
+
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file, or a JSON file; raises Problem if it cannot be read."""
+    """Metadata of a safetensors file, or a JSON file; raises Problem if it cannot be read, or is
+    not as its checksum says (older files have none)."""
     require_file(path)
+    if path.suffix == ".json":
+        return read_json(path)
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise Problem(
-            f"{path} cannot be read ({error}): if it is damaged, delete it and make it again."
-        ) from error
+            metadata = file.metadata() or {}
+        stat = path.stat()
+        whole = "checksum" not in metadata or checksum_fits(path, stat.st_size, stat.st_mtime_ns)
+        if not whole:
+            raise ValueError("its checksum does not fit")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+    metadata.pop("checksum", None)
+    return metadata
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -3340,7 +3521,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     require_file(path)
     if path.suffix == ".safetensors":
         metadata = read_metadata(path)
-        return load_file(path), metadata
+        try:
+            return load_file(path), metadata
+        except SafetensorError as error:
+            raise unreadable(path, error) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's, zipfile's and torch's own, without a common base
@@ -3588,10 +3772,19 @@ def choosing_part(store: Store) -> np.ndarray:
     return indices if len(indices) else store.split("val")
 
 
-def validate(model: Classifier, store: Store, runtime: Runtime) -> dict[str, Any]:
-    """Group scores on the selection part of validation (all of it where no part is left)."""
+def validate(
+    model: Classifier, store: Store, runtime: Runtime, finished: str = ""
+) -> dict[str, Any]:
+    """Group scores on the selection part of validation (all of it where no part is left). Of a
+    finished model, by name, it is said if it names one class alone."""
     indices = choosing_part(store)
     predicted = predict([model], store, indices, runtime)[0].argmax(-1).numpy()
+    if finished and len({*predicted}) == 1 < len({*store.labels[indices]}):
+        say(
+            f"warning: {finished} answers {store.class_names[predicted[0]]!r} to every validation "
+            "image, so its worst group has 0 %: lower its lr if the loss jumped, train it longer "
+            "or raise lr if the loss hardly fell, and look at the labels."
+        )
     correct = predicted == store.labels[indices]
     return group_scores(correct, store.groups[indices], store.counts("train"))
 
@@ -3733,11 +3926,16 @@ class Targets:
     ) -> dict[int, list[int]]:
         """By block, the places of the files that lack it."""
         missing: dict[int, list[int]] = {}
+        damaged = set[str]()
         for i, (sums, rows) in enumerate(opened):
             for block, checksum in enumerate(sums):
                 first = block * BLOCK
                 if zlib.crc32(rows[first : first + BLOCK].tobytes()) != checksum:
                     missing.setdefault(block, []).append(i)
+                    if checksum:  # written last
+                        damaged.add(self.files[i].name)
+        if damaged:
+            say(f"warning: {self.folder}: damaged answers are computed again: {sorted(damaged)}")
         return missing
 
     def _fill(
@@ -3995,7 +4193,14 @@ class Artefact:
         if begun.is_file() and read_metadata(begun).get("fingerprint") == self.fingerprint:
             return
         shutil.rmtree(self.work, ignore_errors=True)
-        write_file(begun, json.dumps(self.identity))
+        write_file(begun, json.dumps(with_checksum(self.identity)))
+
+    def write_note(self, files: Iterable[Path]) -> None:
+        """The note that a folder is complete, with digests of the files that it vouches for."""
+        folder = self.path.parent
+        digests = {str(file.relative_to(folder)): file_digest(file) for file in sorted(files)}
+        note = self.identity | {"files": json.dumps(digests)}
+        write_file(self.path, json.dumps(with_checksum(note)))
 
 
 def settings_of(section: Any, prefix: str = "", head: bool | None = None) -> dict[str, Any]:
@@ -4042,6 +4247,17 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, read in parts."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(note: Path) -> None:
+    """Raise Problem for a file that a note vouches for, and that is gone or has changed since."""
+    for name, expected in json.loads(read_metadata(note).get("files", "{}")).items():
+        file = note.parent / name
+        if not file.is_file() or file_digest(file) != expected:
+            raise Problem(
+                f"{file} is gone or has changed since it was made: bring it back, or make "
+                f"everything in {note.parent} again with --redo."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -4267,7 +4483,7 @@ def save_model(model: Classifier, artefact: Artefact, ctx: Context, scores: Any)
         "recipe": ctx.name,
         "grokd": __version__,
     }
-    write_file(artefact.path, save(model.plain_state(), description))
+    write_file(artefact.path, weights_file(model.plain_state(), description))
 
 
 # ---- Fit -----------------------------------------------------------------------------------------
@@ -4555,15 +4771,44 @@ class Training:
         if late:
             self.save()
 
+    def _losses_checksum(self, progress: Progress) -> int:
+        """Of the finished epochs' losses, which stand in a file of their own."""
+        size = 4 * len(progress.history) * len(self.indices)
+        return losses_checksum(self.job.artefact.work, size)
+
+    def usable_checkpoint(self) -> Path | None:
+        """The newest checkpoint; damaged ones, or those whose losses are, are deleted."""
+        work = self.job.artefact.work
+        while newest := newest_checkpoint(work):
+            try:
+                state = load_checkpoint(newest)
+                if "losses" not in state:  # of an older version
+                    return newest
+                if state["losses"] == self._losses_checksum(Progress(**state["progress"])):
+                    return newest
+                reason = f"{work / LOSSES} does not fit to {newest.name}"
+            except Problem as problem:
+                reason = str(problem).partition(": if it is damaged")[0]
+            print(f"warning: {reason}, so the training begins before it", flush=True)
+            shutil.rmtree(newest)
+        return None
+
     def save(self) -> None:
-        """Write a checkpoint. From then on the first process holds the sums of all."""
+        """Write a checkpoint. From then on the first process holds the sums of all. Raises Problem
+        for weights that are not finite: the last checkpoint stays."""
         progress, runtime = self.progress, self.runtime
+        if not all_finite(self.model.state_dict().values()):
+            raise Problem(
+                f"{self.job.artefact.name}: the weights are not finite after step "
+                f"{progress.step:,}: lower its lr."
+            )
         progress.sums = {name: runtime.sum(v) for name, v in sorted(progress.sums.items())}
         progress.current = runtime.sum(progress.current)
         if runtime.rank == 0:
             state = {
                 "threads": torch.get_num_threads(),
                 "progress": vars(progress),
+                "losses": self._losses_checksum(progress),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.job.average.state_dict() if self.job.average else {},
@@ -4577,7 +4822,7 @@ class Training:
 
     def restore(self) -> None:
         """Go on from the newest checkpoint, if there is one: the first process says which."""
-        newest = self.runtime.first(lambda: newest_checkpoint(self.job.artefact.work))
+        newest = self.runtime.first(self.usable_checkpoint)
         state = load_checkpoint(newest) if newest else None
         if state and self.runtime.world > 1:
             self._settle_buckets(state["progress"]["step"] // self.steps_per_epoch)
@@ -4743,7 +4988,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     shutil.rmtree(part, ignore_errors=True)
-    write_file(part / "state.pt", buffer.getbuffer())
+    write_file(part / "state.pt", sealed(buffer.getvalue()))
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     for old in folder.glob("[0-9]*"):
@@ -4759,7 +5004,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint holds."""
-    return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return read_state(path / "state.pt")
 
 
 LOSSES = "losses.f32"  # beside the checkpoints: a row of N numbers for each finished epoch
@@ -4785,6 +5030,14 @@ def cut_losses(folder: Path, num_epochs: int, num_images: int) -> None:
     """Leave the losses of the first epochs: those that the checkpoint knows to be finished."""
     if (folder / LOSSES).is_file():
         os.truncate(folder / LOSSES, 4 * num_epochs * num_images)
+
+
+def losses_checksum(folder: Path, size: int) -> int:
+    """CRC-32 of the first `size` bytes of the file of losses."""
+    if not (folder / LOSSES).is_file():
+        return 0
+    with open(folder / LOSSES, "rb") as file:
+        return zlib.crc32(file.read(size))
 
 
 def read_losses(folder: Path, num_images: int) -> Tensor:
@@ -4847,7 +5100,7 @@ def train_network(
         if dfr:
             cells = balanced_cells(dfr, ctx, runtime)
             refit_head(model, ctx.store, dfr, job.train, job.seed, runtime, cells)
-        scores = validate(model, ctx.store, runtime)
+        scores = validate(model, ctx.store, runtime, artefact.name)
         if runtime.rank == 0:
             write_history(artefact, job, progress, scores)
             save_model(model, artefact, ctx, scores)
@@ -4875,12 +5128,20 @@ def write_history(artefact: Artefact, job: Job, progress: Progress, scores: Any)
     }
     losses = read_losses(job.artefact.work, len(job.store.split("train")))
     write_file(beside(artefact.path, ".history.json"), json.dumps(history, indent=1))
-    write_file(beside(artefact.path, ".losses.safetensors"), save({"losses": losses}))
+    content = weights_file({"losses": losses}, {})
+    write_file(beside(artefact.path, ".losses.safetensors"), content)
 
 
 def beside(path: Path, suffix: str) -> Path:
     """A model's other files: model.safetensors -> model.history.json."""
     return path.with_name(path.stem + suffix)
+
+
+def gone(path: Path, model: Path) -> Problem:
+    """What is said where a file beside a model is missing or damaged."""
+    return Problem(
+        f"{path} is gone or damaged: delete {model} as well; the same command then makes both."
+    )
 
 
 def infer_groups(groups: str, part: str, ctx: Context, runtime: Runtime) -> np.ndarray:
@@ -4978,7 +5239,7 @@ def refit_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
         model = load_model(ctx.teacher(i, "erm").path, runtime.device)
         cells = balanced_cells(section.dfr, ctx, runtime)
         refit_head(model, ctx.store, section.dfr, section.train, section.seed, runtime, cells)
-        scores = validate(model, ctx.store, runtime)
+        scores = validate(model, ctx.store, runtime, artefact.name)
         if runtime.rank == 0:
             save_model(model, artefact, ctx, scores)
 
@@ -5022,8 +5283,10 @@ def copy_parent(artefact: Artefact, ctx: Context) -> None:
     """Write the biased model as a copy of a teacher before its head was refitted."""
     parent, = artefact.parents.values()
     for suffix in (".history.json", ".losses.safetensors"):
-        content = beside(parent.path, suffix).read_bytes()
-        write_file(beside(artefact.path, suffix), content)
+        source = beside(parent.path, suffix)
+        if not source.is_file():
+            raise gone(source, parent.path)
+        write_file(beside(artefact.path, suffix), source.read_bytes())
     metrics = json.loads(read_metadata(parent.path)["metrics"])
     save_model(load_model(parent.path), artefact, ctx, metrics)
     teacher = ctx.recipe.bias_model.teacher
@@ -5220,6 +5483,7 @@ def training_store(student: Distill, seed: int, ctx: Context) -> Store:
     store = ctx.store
     if student.augmented:
         note = ctx.require(ctx.image_set(student.augmented, seed))
+        check_files(note)
         store = with_images(store, note.parent, student.augmented_ratio)
     train = store.split("train")
     labels, everywhere = store.labels[train], np.zeros(len(train), np.int64)
@@ -5229,7 +5493,11 @@ def training_store(student: Distill, seed: int, ctx: Context) -> Store:
         return rebalanced(store, labels, everywhere)
     if student.rebalance == "tab":
         path = ctx.require(ctx.helper(student, seed))
-        losses = load_file(beside(path, ".losses.safetensors"))["losses"].numpy()
+        source = beside(path, ".losses.safetensors")
+        try:
+            losses = read_weights(source)[0]["losses"].numpy()
+        except Problem as problem:
+            raise gone(source, path) from problem
         if not len(losses):
             raise Problem(
                 f"{path} was taken as it is, not trained, and has no losses that TAB could "
@@ -5246,7 +5514,7 @@ def training_store(student: Distill, seed: int, ctx: Context) -> Store:
 
 def with_images(store: Store, folder: Path, ratio: float) -> Store:
     """The store with a set of generated images added to its training split."""
-    with open(folder / "metadata.csv", newline="") as file:
+    with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     size, geometry = store.data.size, store.data.geometry
     images = np.stack([decode(folder / row["image"], size, geometry) for row in rows])
@@ -5781,13 +6049,13 @@ class Flight:
             samples.append(vars(sample) | {"best": best})
         buffer = io.BytesIO()
         torch.save({"queue": self.queue, "samples": samples}, buffer)
-        write_file(self.path, buffer.getbuffer())
+        write_file(self.path, sealed(buffer.getvalue()))
         self.saved = time.monotonic()
 
     def restore(self, device: torch.device) -> None:
         """Go on from what was saved."""
         assert self.path
-        state = torch.load(self.path, map_location=device, weights_only=True)
+        state = read_state(self.path, device)
         self.queue = state["queue"]
         for values in state["samples"]:
             values["best"]["image"] = values["best"]["image"].cpu().numpy()
@@ -5967,11 +6235,12 @@ def train_generator(ctx: Context, runtime: Runtime) -> Path:
             scheduler = diffusion_scheduler(ctx.recipe.diffusion)
             pipeline = diffusers.DDPMPipeline(unet, scheduler)
             pipeline.save_pretrained(folder)
-            write_file(artefact.path, json.dumps(artefact.identity))
+            artefact.write_note(path for path in folder.rglob("*") if path.is_file())
             loss = progress.history[-1]["loss"] if progress.history else math.nan
             say(f"generator: denoising loss {loss:.4f}, {time.monotonic() - began:.0f} s")
 
     make([artefact], build, ctx, runtime)
+    check_files(artefact.path)
     return folder
 
 
@@ -6075,7 +6344,7 @@ def make_set(
     if settings.realism < 1:
         judge.threshold = calibrate(generator, store, settings.realism)
     sources = sources_of(settings, seed, judge, ctx, runtime)
-    recorded = runtime.first(lambda: [record["source"] for record in read_records(folder)])
+    recorded = runtime.first(lambda: recorded_sources(folder))
     remaining = [int(i) for i in sources if i not in recorded]
     say(f"{artefact.name}: {len(sources):,} sources, {len(remaining):,} to do")
     began = time.monotonic()
@@ -6102,8 +6371,12 @@ def begin_flight(
     ]
 
     def is_kept() -> bool:
-        if all(path.is_file() for path in paths):
-            return True
+        with contextlib.suppress(Problem):  # none, or a damaged one
+            states = [read_state(path) for path in paths]
+            under_way = {sample["source"] for state in states for sample in state["samples"]}
+            under_way.update(*(state["queue"] for state in states))
+            if under_way >= set(remaining):  # else a record was damaged
+                return True
         for path in artefact.work.glob("flight-*"):
             path.unlink()
         return False
@@ -6177,7 +6450,8 @@ def generate_files(
             prefix = "" if record["accepted"] else "rejected-"
             record["image"] = f"{prefix}{record['source']}.png"
             write_file(folder / record["image"], content.getvalue())
-            file.write(json.dumps(record) + "\n")
+            record["digest"] = digest(content.getvalue())
+            file.write(json.dumps(with_checksum(record)) + "\n")
             file.flush()
             finished += 1
             accepted += record["accepted"]
@@ -6209,17 +6483,34 @@ def finish_set(
     writer.writerows({**record, **common} for record in accepted)
     write_file(folder / "metadata.csv", text.getvalue())
     write_file(folder / "sheet.png", draw_sheet(folder, records, generator, store, seed))
-    write_file(artefact.path, json.dumps(artefact.identity))
+    images = [folder / record["image"] for record in accepted]
+    artefact.write_note([folder / "metadata.csv", *images])
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """Every whole line of records-*.jsonl; a kill may have cut the last one."""
-    records = []
+    """Every whole line of records-*.jsonl, of each source the last; a kill may have cut a line, and
+    one that its checksum does not fit (older ones have none) counts as little."""
+    records: dict[int, dict[str, Any]] = {}
     for path in sorted(folder.glob("records-*.jsonl")):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return records
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                record = dict(json.loads(line))
+                checksum = record.pop("checksum", None)
+                if checksum in (None, digest(record)):
+                    records[record["source"]] = record
+    return [*records.values()]
+
+
+def recorded_sources(folder: Path) -> list[int]:
+    """The sources whose images are there as they were recorded; others are made again."""
+    sources = []
+    for record in read_records(folder):
+        path = folder / record["image"]
+        if not path.is_file():
+            continue
+        if record.get("digest") in (None, digest(path.read_bytes())):
+            sources.append(record["source"])
+    return sources
 
 
 def calibrate(generator: Generator, store: Store, share: float) -> float:
@@ -7320,7 +7611,7 @@ def training_curves(
         histories = []
         for path in (model.path for model in models if model.row == row):
             file = beside(path, ".history.json")
-            if file.is_file() and (epochs := json.loads(file.read_text())["epochs"]):
+            if file.is_file() and (epochs := read_json(file)["epochs"]):
                 histories.append(epochs)
         if histories and all("loss" in epoch and "wga" in epoch for e in histories for epoch in e):
             shortest = min(map(len, histories))
@@ -7746,7 +8037,9 @@ def _is_a(value: Any, hint: Any) -> bool:
     """Is a value of a type, containers' contents aside? True is no number, 1 is a float."""
     origin = typing.get_origin(hint)
     if origin is Literal:
-        return value in typing.get_args(hint)
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if type(value) is int and abs(value) >= 2**63:  # no tensor holds it
+        return False
     if hint is float:
         return type(value) in (int, float) and not math.isnan(value)
     if isinstance(value, bool):
@@ -8743,7 +9036,10 @@ def overview() -> str:
     lines += [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
     recipes, programs = list[str](), list[str]()
     for path in recipe_files():
-        source = ast.parse(path.read_text(encoding="utf-8"))
+        try:
+            source = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # what is wrong with it is said when it is called
         first_line = (ast.get_docstring(source) or "").partition("\n")[0]
         kind = recipes if defines_recipe(source) else programs
         kind.append(f"  {path.stem:<24}{first_line}")
@@ -8774,7 +9070,7 @@ def load_recipe(name: str) -> Recipe:
         raise Problem(f"Unknown recipe {file!r}{suggest(file, [*by_name])}")
     module = import_file(path)
     variants = getattr(module, "recipes", {})
-    if variant and variant not in variants:
+    if variant and not (isinstance(variants, Mapping) and variant in variants):
         raise Problem(f"{path} has no recipe {variant!r}{suggest(variant, [*variants])}")
     recipe = variants[variant] if variant else getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
@@ -8788,17 +9084,19 @@ def load_recipe(name: str) -> Recipe:
 def import_file(path: Path) -> types.ModuleType:
     """Run a recipe's file as a module; recipes beside it can be imported by it."""
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec and spec.loader
+    if not (spec and spec.loader):
+        raise Problem(f"{path} is no recipe: its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), None)
         line = getattr(error, "lineno", line)
-        raise Problem(f"{path}, line {line}: {type(error).__name__}: {error}.") from error
+        reason = " ".join(str(error).split())
+        raise Problem(f"{path}, line {line}: {type(error).__name__}: {reason}.") from error
     finally:
         sys.path.pop(0)
     return module
@@ -9243,12 +9541,17 @@ def in_one_line(work: Callable[[], None]) -> None:
         sys.exit(f"error: {problem}")
     except BrokenPipeError:  # as in `--help | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    except OSError as error:  # from files that libraries write
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # files that libraries write
+            sys.exit(
+                f"error: {error.filename or 'A file'} could not be written ({error.strerror}): "
+                "make room; the same command then goes on from where it was."
+            )
+        if not error.filename:
             raise
         sys.exit(
-            f"error: {error.filename or 'A file'} could not be written ({error.strerror}): make "
-            "room; the same command then goes on from where it was."
+            f"error: {error.filename}: {error.strerror}: mend that, or choose other folders with "
+            "--out and Data.store; the same command then goes on from where it was."
         )
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
@@ -9256,6 +9559,9 @@ def in_one_line(work: Callable[[], None]) -> None:
 
 def main() -> None:
     """Entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a sign that the terminal has not ends no run
+            stream.reconfigure(errors="replace")
     in_one_line(lambda: command_line(sys.argv[1:]))
 
 

@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from clip_attributes import TEMPLATES, load_clip, parse_values, text_directions
-from safetensors.torch import save
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +118,7 @@ def main() -> None:
         "trunk": grokd.trunk_key(model),
         "grokd": grokd.__version__,
     }
-    grokd.write_file(args.save, save(model.plain_state(), description))
+    grokd.write_file(args.save, grokd.weights_file(model.plain_state(), description))
     print(f"{args.save}: CLIP {args.clip}, {' or '.join(keywords)}. In a recipe:",
           f'    arch=("{model.arch}",), weights=("{args.save}",)', sep="\n")
 

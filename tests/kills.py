@@ -4,6 +4,7 @@ This file is a program too, see `Herd`: it has everything imported, and forks th
 many cases take little time.
 """
 
+import atexit
 import errno
 import fcntl
 import gc
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -27,6 +29,7 @@ from PIL import Image  # noqa: E402
 import grokd  # noqa: E402
 
 BUILDING, KILLED = Path("building"), Path("killed")  # these files say when
+SPENT = Path("spent")  # seconds of the processor
 
 
 def change(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
@@ -101,6 +104,20 @@ def second_epoch(training: grokd.Training, *args: Any) -> bool:
     return training.progress.step == training.steps_per_epoch + 1
 
 
+def at_a_moment() -> None:
+    """After so many seconds of the processor, whatever is at work then; one that ends before says
+    how many it took."""
+
+    def watch() -> None:
+        while time.process_time() < float(os.environ["KILLED_AFTER"]):
+            time.sleep(0.002)
+        KILLED.write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    atexit.register(lambda: SPENT.write_text(str(time.process_time())))
+
+
 PLACES: dict[str, Callable[[], None]] = {
     "store": in_store,
     "training": lambda: kill_at(grokd.Training, "step", second_epoch),
@@ -108,6 +125,7 @@ PLACES: dict[str, Callable[[], None]] = {
     "head": lambda: kill_at(grokd, "dfr_l1", call(1)),
     "images": lambda: kill_at(Image, "fromarray", call(2)),
     "evaluation": in_evaluation,
+    "moment": at_a_moment,
 }
 
 
@@ -197,10 +215,11 @@ def free_port() -> int:
 def become(request: Request, rank: int, port: int) -> None:
     """Make of this process one of those that run the command."""
     os.chdir(request.folder)
-    os.environ.update(
-        ACCELERATE_USE_CPU="true", RANK=str(rank), WORLD_SIZE=str(request.processes),
-        LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port),
-        **request.environment)
+    os.environ.update(ACCELERATE_USE_CPU="true", **request.environment)
+    if request.processes > 1:
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(request.processes), LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
     for number, name in ((1, "out"), (2, "err")):
         opened = os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, number)

@@ -523,7 +523,7 @@ def test_student_named_with_an_equals_sign_is_the_only_one_trained(
 def test_last_of_several_choices_counts_as_the_parser_has_it(copy: Path, command: Grokd) -> None:
     printed = command(copy, "distill", "--student", "one-hot", "--tau", "2", "--student", "agre",
                       "--seeds", "0")
-    assert "students/agre+tau=2.0/seed0" in printed and "warning" not in printed
+    assert "students/agre+tau=2.0/seed0" in printed and "no effect" not in printed
 
 
 def test_names_hold_only_what_the_user_set(copy: Path, command: Grokd) -> None:
