@@ -26,6 +26,7 @@ Map of this file; a section uses those above it, never one below:
     Random streams                   hashes from which every random draw comes
     AGRE and the other weightings    how much each teacher counts: the heart of the method
     Feature distillation             the same for intermediate layers
+    Rivals                           weights of samples; SimKD: a student under its teacher's head
     Head refitting                   DFR: the last layer fitted anew on balanced data
     Scores                           accuracy by group
     Basics                           files, locks, tables, figures, processes
@@ -441,6 +442,7 @@ NAMED_ON_COMMAND_LINE = tyro.constructors.PrimitiveConstructorSpec(
     choices=typing.get_args(WeightingName),
 )
 TAUGHT = When(weighting=Not("one-hot"))
+KD = When(loss="kd")
 WITH_FEATURES = When(gamma=any)
 
 
@@ -457,10 +459,31 @@ class Distill:
     weighting: Annotated[
         WeightingName | Callable[[Tensor, Ensemble, Batch], Tensor], NAMED_ON_COMMAND_LINE
     ] = "agre"
+    # What is distilled. kd: softened answers. simkd: the last map, through a projector to a
+    # teacher's width, under that teacher's head; no labels (SimKD, Chen 2022; with sample_weights
+    # jtt DeTT, Lee 2023). It takes weighting average: mean map and head of teachers that began with
+    # the same pretrained weights, of others the first teacher alone (ours).
+    loss: Annotated[Literal["kd", "simkd"], Mark.ADDED] = "kd"
     # Share of the distillation loss; the rest is cross-entropy with the labels.
-    alpha: Annotated[Share, TAUGHT, Mark.CURVE] = 1.0
+    alpha: Annotated[Share, TAUGHT, KD, Mark.CURVE] = 1.0
     # Temperature of the softmax. AGRE-KD's accuracy grows slowly with it, from 1 to 10.
-    tau: Annotated[float, Range(1e-3, 1e3), TAUGHT, Mark.CURVE] = 4.0
+    tau: Annotated[float, Range(1e-3, 1e3), TAUGHT, KD, Mark.CURVE] = 4.0
+    # Weights of samples: a factor on the distillation loss of each, not on labels or features. jtt:
+    # more for what the biased model gets wrong (JTT, Liu 2021). dedier: more for what a readout of
+    # the student's layer1 is sure of and gets wrong, anew after each epoch (DeDiER, 2310.18590).
+    # group-dro: more for groups of great loss (Sagawa 2020); needs attributes in training.
+    sample_weights: Annotated[
+        Literal["none", "jtt", "dedier", "group-dro"], TAUGHT, Mark.ADDED
+    ] = "none"
+    # jtt: the factor. Published for labels: 100 (Waterbirds), 50 (CelebA, DeTT). Soft targets ask
+    # for less: try 5 to 20 (ours). Lower lr if the loss jumps: the step grows with it.
+    upweight: Annotated[NotNegative, When(sample_weights="jtt"), Mark.CURVE] = 20.0
+    # dedier: alpha and beta of exp(beta margin^alpha). Published, at tau 3: .05 and 4 (Waterbirds),
+    # .1 and 3.5 (CelebA).
+    readout_alpha: Annotated[NotNegative, When(sample_weights="dedier"), Mark.CURVE] = 0.05
+    readout_beta: Annotated[NotNegative, When(sample_weights="dedier"), Mark.CURVE] = 4.0
+    # group-dro: step size eta of the groups' shares. Raise it if the worst group stays behind.
+    dro_step: Annotated[NotNegative, When(sample_weights="group-dro"), Mark.CURVE] = 0.01
     # agre: gradients compared, per sample with respect to the logits (equals the last layer, no
     # backward pass) or all parameters (C backward passes), or once per batch over all parameters.
     space: Annotated[Literal["logits", "parameters", "batch"], When(weighting="agre")] = "logits"
@@ -476,10 +499,10 @@ class Distill:
     ] = 0.0
     # Weighted mean of losses (for this loss: of softened probabilities), or loss to the weighted
     # mean of logits.
-    combine: Annotated[Literal["losses", "logits"], TAUGHT] = "losses"
+    combine: Annotated[Literal["losses", "logits"], TAUGHT, KD] = "losses"
     # Weight of feature distillation, for each of `layers`; 0 costs nothing. Try .25 to 1 on pooled,
     # less on layers; around 1000 for attention, .8 for contrastive.
-    gamma: Annotated[tuple[NotNegative, ...], TAUGHT, Mark.CURVE] = (0.0,)
+    gamma: Annotated[tuple[NotNegative, ...], TAUGHT, KD, Mark.CURVE] = (0.0,)
     # agre: a sample's mean weight multiplies the loss of its label too (a descendant of AGRE-KD's
     # code); matters with alpha below 1.
     weigh_labels: Annotated[bool, When(weighting="agre")] = False
@@ -546,13 +569,21 @@ class Distill:
     @property
     def has_features(self) -> bool:
         """Does it distil features?"""
-        return self.has_teachers and any(self.gamma)
+        return self.has_teachers and self.loss == "kd" and any(self.gamma)
+
+    @property
+    def weighs_samples(self) -> bool:
+        """Does it weigh the samples?"""
+        return self.has_teachers and self.sample_weights != "none"
 
     @property
     def has_biased(self) -> bool:
-        """Does it compare its teachers with the biased model? A recipe's own weighting may."""
+        """Does it compare its teachers, or the labels, with the biased model? A recipe's own
+        weighting may."""
         by_features = self.has_features and self.feature_weights == "agre"
-        return self.weighting in ("agre", "departure") or callable(self.weighting) or by_features
+        by_samples = self.weighs_samples and self.sample_weights == "jtt"
+        by_weighting = self.weighting in ("agre", "departure") or callable(self.weighting)
+        return by_weighting or by_features or by_samples
 
     @property
     def infers_groups(self) -> bool:
@@ -570,7 +601,8 @@ class Distill:
         by_gradients = self.weighting == "ae-kd"
         by_gradients |= self.weighting == "agre" and self.space == "batch"
         by_features = self.feature_weights == "disagree" or self.feature_loss == "contrastive"
-        return by_gradients or (self.has_features and by_features)
+        by_groups = self.weighs_samples and self.sample_weights == "group-dro"
+        return by_gradients or (self.has_features and by_features) or by_groups
 
 
 @dataclass(frozen=True)
@@ -791,6 +823,7 @@ class Stream:
     TEACHER = 1  # the one teacher of a batch
     ADAPTERS = 7  # initial weights
     DROPOUT = 8  # channels left out of feature distillation
+    READOUT = 11  # initial weights and order of DeDiER's readout
     GUIDANCE = 5  # noise shown to the networks in guidance
     DIFFUSION = 6  # noise of the generator's training,
     LEVEL = 7  # and its levels
@@ -870,6 +903,8 @@ Losses = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 # A weighting: the student's logits [b, C], what its teachers answer, the batch -> float64 [M, b],
 # without gradient. Only ratios between the teachers of a sample count.
 Weigh = Callable[[Tensor, Ensemble, Batch], Tensor]
+# Weights [b] of a batch's samples, from the batch and its distillation losses [b].
+WeighSamples = Callable[[Batch, Tensor], Tensor]
 
 # float32 logits may be finite and so large that their differences are not; nothing real is
 # anywhere near, and beyond this bound every softmax is one-hot already.
@@ -1213,11 +1248,14 @@ def weighted_kd(
     return torch.where(shares.sum(0) > 0, losses, 0)
 
 
-def distillation(answers: Callable[[Batch], Ensemble], features: Losses | None = None) -> Losses:
+def distillation(
+    answers: Callable[[Batch], Ensemble], features: Losses | None = None,
+    weigh_samples: WeighSamples | None = None,
+) -> Losses:
     """(1 - alpha) CE + alpha wKD + features, with the student's weighting of the teachers.
 
     `answers` gives what the frozen networks say of a batch; `features`, the loss of the layers,
-    looks at the student's pass that has just been.
+    looks at the student's pass that has just been; `weigh_samples` gives factors on wKD alone.
     """
 
     def losses(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -1229,6 +1267,8 @@ def distillation(answers: Callable[[Batch], Ensemble], features: Losses | None =
         shrink = settings.shrink if settings.weighting == "agre" else 0.0
         shares = teacher_shares(weights, settings.zero, shrink)
         distilled = weighted_kd(logits, ensemble.teachers, shares, settings.tau, settings.combine)
+        if weigh_samples:
+            distilled = weigh_samples(batch, distilled.detach()).to(distilled) * distilled
         labelled = cross_entropy(logits, batch.labels)
         if settings.weigh_labels and settings.weighting == "agre":
             labelled = weights.mean(0).to(labelled) * labelled
@@ -1546,6 +1586,133 @@ def gather_rows(rows: Tensor, batch: Batch) -> tuple[Tensor, int]:
     parts = collective.all_gather(padded)
     kept = [part[:count] for part, count in zip(parts, counts, strict=True)]
     return torch.cat(kept), sum(counts[:rank])
+
+
+# ---- Rivals --------------------------------------------------------------------------------------
+
+
+class SampleWeights(nn.Module):
+    """Weights of training samples, a buffer [N] that travels with the student and its checkpoints.
+
+    jtt: `upweight` for what the biased model gets wrong, else 1, throughout (the second stage of
+    JTT, Liu et al. 2021, on the distillation loss). dedier: those of `readout_weights`, set anew
+    after each epoch; 1 in the first. Weights are not normalised: a batch's step grows with them.
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weights", weights)
+
+    def forward(self, batch: Batch, losses: Tensor) -> Tensor:
+        """Weights [b] of a batch's samples."""
+        return self.weights[batch.runtime.upload(batch.positions)]
+
+
+class GroupShares(nn.Module):
+    """Group DRO (Sagawa et al. 2020, algorithm 1) on the distillation loss, as weights of samples.
+
+    Shares q [G] sum to 1, are equal at first over the groups that training has, and travel with
+    the student. On each batch q_g <- q_g exp(eta l_g), with l_g the mean distillation loss of its
+    samples of group g, over all processes; then the loss is sum_g q_g l_g. Groups that a batch
+    lacks keep their share, so those present keep their sum (ours: in the authors' code a group
+    without samples has loss 0, and shrinks).
+    """
+
+    q: Tensor
+    groups: Tensor
+
+    def __init__(self, groups: Tensor, num_groups: int, eta: float) -> None:
+        """`groups` [N] of the training samples, all known."""
+        super().__init__()
+        self.eta = eta
+        present = (torch.bincount(groups, minlength=num_groups) > 0).float()
+        self.register_buffer("q", present / present.sum())
+        self.register_buffer("groups", groups, persistent=False)
+
+    def forward(self, batch: Batch, losses: Tensor) -> Tensor:
+        """Weights q_g B / n_g [b] of a batch's samples, n_g of them of group g; q goes on."""
+        groups = self.groups[batch.runtime.upload(batch.positions)]
+        one_hot = F.one_hot(groups, len(self.q)).double()
+        if batch.runtime.rank >= batch.total:  # an image shown in vain is not of the batch
+            one_hot = torch.zeros_like(one_hot)
+        counts, sums = batch.runtime.sum(torch.stack([one_hot.sum(0), one_hot.T @ losses.double()]))
+        present = counts > 0
+        q = self.q.double()
+        means = sums / counts.clamp(min=1)
+        highest = means[present].max()  # it cancels, and exp stays finite
+        grown = torch.where(present, q * torch.exp(self.eta * (means - highest)), 0)
+        q = torch.where(present, grown * (q[present].sum() / grown.sum()), q)
+        self.q.copy_(q)
+        return (q * batch.total / counts.clamp(min=1))[groups]
+
+
+class Readout(nn.Sequential):
+    """DeDiER's readout of a map [b, s, h, w]: two 3 x 3 convolutions to 2 s, pooled, linear."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__(
+            nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, num_classes),
+        )
+
+
+def readout_weights(logits: Tensor, labels: Tensor, alpha: float, beta: float) -> Tensor:
+    """DeDiER's weights [N] of a readout's logits [N, C]: exp(beta m^alpha) where it is wrong, else
+    1 (2310.18590).
+
+    The margin m is |p_0 - p_1|; of more classes the greatest probability less the next (ours).
+    """
+    greatest = logits.double().softmax(-1).topk(2).values
+    margins = greatest[:, 0] - greatest[:, 1]
+    return torch.where(logits.argmax(-1) == labels, 1, torch.exp(beta * margins**alpha))
+
+
+class Projection(NamedTuple):
+    """Where a student's projector stands, and its sizes: what its file says of it."""
+
+    layer: str  # path of the module of the plain network whose map it takes
+    width: int  # channels of that map,
+    side: int  # averaged down to so many pixels a side
+    features: int  # what it puts out, and the head multiplies
+
+
+def build_projector(projection: Projection) -> nn.Sequential:
+    """SimKD's projector (Chen et al. 2022): a map [b, s, h, w] -> features [b, t], in standard
+    layers alone; the last but two puts out the map that is compared."""
+    narrow, features = projection.features // 2, projection.features
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(projection.side),
+        nn.Conv2d(projection.width, narrow, 1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU(),
+        nn.Conv2d(narrow, narrow, 3, padding=1, bias=False), nn.BatchNorm2d(narrow), nn.ReLU(),
+        nn.Conv2d(narrow, features, 1, bias=False), nn.BatchNorm2d(features), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )
+
+
+def simkd(
+    layer: Layer, frozen: FrozenFeatures, student_maps: Mapping[str, Tensor],
+    weigh_samples: WeighSamples | None = None,
+) -> Losses:
+    """w_i mean |P(f_s) - f_t|^2 per sample: last maps alone, neither logits nor labels.
+
+    f_t is the mean over the teachers, averaged down to the projected map. SimKD: Chen et al. 2022;
+    with weights w DeTT: Lee et al. 2023. `student_maps` are filled by each forward pass.
+    """
+
+    def losses(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        projected = student_maps[layer.student].to(batch.output.dtype)
+        maps = frozen.maps(batch)[layer.teacher][: frozen.num_teachers]
+        side = projected.shape[-1]
+        pooled = [F.adaptive_avg_pool2d(f.to(projected), side) for f in maps if f is not None]
+        distances = (projected - torch.stack(pooled).mean(0)).square().mean((1, 2, 3))
+        if weigh_samples:
+            distances = weigh_samples(batch, distances.detach()).to(distances) * distances
+        return distances, {"distillation": distances}
+
+    return losses
 
 
 # ---- Head refitting ------------------------------------------------------------------------------
@@ -3174,17 +3341,25 @@ class CLIPTower(nn.Module):
         return self.fc(F.normalize(embeddings, dim=-1))
 
 
+OF_TRAINING = ("adapters.", "samples.")  # what a student has in training only
+
+
 class Classifier(nn.Module):
-    """A network with its normalisation, as a trunk (image -> features) and a linear head.
+    """A network with its normalisation, as a trunk (image -> features) and a linear head. A SimKD
+    student's features are what a projector makes of the trunk's last map, see `project`.
 
     forward: images [B, 3, crop, crop] in 0..1 -> logits [B, C], in the head's own precision even
     under autocast. Raises Problem for an unknown architecture or one without a linear last layer.
     """
 
+    projector: nn.Sequential
+    last_map: Tensor  # [B, d, h, w] of the forward pass, where there is a projector
+
     def __init__(self, arch: str, num_classes: int, input: Input) -> None:
         super().__init__()
         self.arch, self.num_classes, self.input = arch, num_classes, input
         self.folded_from = ""  # see fold
+        self.projection: Projection | None = None
         self.trunk = plain_network(arch, num_classes)
         self.fixed_side = fixed_side(self.trunk)
         self.head_path = find_head(self.trunk)
@@ -3213,6 +3388,8 @@ class Classifier(nn.Module):
                 f"{fixed}."
             )
         output = self.trunk((images.to(self.head.weight.dtype) - self.mean) / self.std)
+        if self.projection:
+            return self.projector(self.last_map)
         return output if isinstance(output, Tensor) else output.logits  # GoogLeNet, Inception
 
     def classify(self, features: Tensor) -> Tensor:
@@ -3223,12 +3400,23 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(self.features(images))
 
+    def project(self, projection: Projection) -> None:
+        """Put a new projector, and a new head of its width, behind a map of the trunk.
+
+        What the trunk does with that map itself counts no more."""
+        self.projection, self.projector = projection, build_projector(projection)
+        self.head = nn.Linear(projection.features, self.num_classes)
+        self.trunk.get_submodule(projection.layer).register_forward_hook(self._keep_map)
+
+    def _keep_map(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.last_map = as_map(output)
+
     def plain_state(self) -> dict[str, Tensor]:
-        """State dict with the keys of the plain network, on the CPU."""
+        """State dict with the keys of the plain network, on the CPU, and a projector's."""
         state = {
             key.removeprefix("trunk."): value
             for key, value in self.state_dict().items()
-            if not key.startswith("adapters.")
+            if not key.startswith(OF_TRAINING)
         }
         for name in ("weight", "bias"):
             state[f"{self.head_path}.{name}"] = state.pop(f"head.{name}")
@@ -3255,8 +3443,12 @@ class Classifier(nn.Module):
         prefix = f"{self.head_path}."
         nested = {}
         for key, value in state.items():
-            is_head = key.startswith(prefix)
-            nested[f"head.{key.removeprefix(prefix)}" if is_head else f"trunk.{key}"] = value
+            outer = f"trunk.{key}"
+            if key.startswith(prefix):
+                outer = f"head.{key.removeprefix(prefix)}"
+            elif self.projection and key.startswith("projector."):
+                outer = key
+            nested[outer] = value
         try:
             self.load_state_dict(nested)
         except RuntimeError as error:
@@ -3407,11 +3599,13 @@ def build_model(
     if weights == "random":
         return Classifier(arch, num_classes, input)
     state: Mapping[str, Tensor]
+    projection = None
     if Path(weights).suffix in WEIGHTS_FILES:
         state, metadata = read_weights(Path(weights))
         if "input" in metadata:
             stored = stored_input(metadata)
             input = replace(stored, input_size=input.input_size or stored.input_size)
+        projection = stored_projection(metadata)
     elif arch.startswith(TIMM):
         state = timm_weights(arch, weights)
     else:
@@ -3419,6 +3613,8 @@ def build_model(
         state, mean, std = torchvision_weights(arch, weights)
         input = replace(input, mean=mean, std=std)
     model = Classifier(arch, num_classes, input)
+    if projection:
+        model.project(projection)
     if not model.load_plain(state, weights, any_head=True):
         if as_it_is:
             raise Problem(
@@ -3561,6 +3757,11 @@ def stored_input(metadata: Mapping[str, str]) -> Input:
     return Input(stored["input_size"], tuple(stored["mean"]), tuple(stored["std"]))
 
 
+def stored_projection(metadata: Mapping[str, str]) -> Projection | None:
+    """The projector of a SimKD student of grokd's; other networks have none."""
+    return Projection(**json.loads(metadata["projector"])) if "projector" in metadata else None
+
+
 def load_model(
     path: Path, device: torch.device | str = "cpu", store: Store | None = None
 ) -> Classifier:
@@ -3572,6 +3773,8 @@ def load_model(
     if store and num_classes != store.num_classes:
         raise Problem(f"{path} has {num_classes} classes, the data have {store.num_classes}.")
     model = Classifier(metadata["arch"], num_classes, stored_input(metadata))
+    if projection := stored_projection(metadata):
+        model.project(projection)
     model.to(next(value.dtype for value in state.values() if value.is_floating_point()))
     model.load_plain(state, str(path))
     return model.to(device).eval().requires_grad_(False)
@@ -3584,6 +3787,8 @@ def fold(model: Classifier) -> Classifier:
     if model.folded_from:
         return model
     model.folded_from = trunk_key(model)
+    if model.projection:  # fused modules have no hooks
+        return model.to(memory_format=torch.channels_last)
     # A trunk that does more with sizes than to pass them on stays as it is.
     with contextlib.suppress(torch.fx.proxy.TraceError, RuntimeError, TypeError):
         trunk = fuse(model.trunk)
@@ -3597,7 +3802,10 @@ def trunk_key(model: Classifier) -> str:
     if model.folded_from:
         return model.folded_from
     state = model.trunk.state_dict()
-    description = [model.arch, dataclasses.asdict(model.input)]
+    description: list[Any] = [model.arch, dataclasses.asdict(model.input)]
+    if model.projection:
+        state |= model.projector.state_dict(prefix="projector.")
+        description.append(model.projection)
     return digest(description, *(value.cpu().numpy().tobytes() for value in state.values()))
 
 
@@ -3609,6 +3817,7 @@ def layer_paths(model: Classifier, side: int) -> dict[str, str]:
 
     Stages of that name if the network has them; of a vision transformer the blocks at 1/4, 1/2, 3/4
     and all of its depth; else the last outputs of blocks at stride 4, 8, 16, 32, found by a pass.
+    A SimKD student has `projected` too: the map that is compared.
     """
     trunk, paths = model.trunk, dict[str, str]()
     place = "blocks" if hasattr(trunk, "num_prefix_tokens") else "encoder.layers"  # timm's, or not
@@ -3623,7 +3832,16 @@ def layer_paths(model: Classifier, side: int) -> dict[str, str]:
                 paths[name] = f"trunk.{name}"
     else:
         paths = layers_by_stride(model, side)
-    return dict(sorted(paths.items())) | {"pooled": "trunk"}
+    paths = dict(sorted(paths.items()))
+    if model.projection:
+        return paths | {"projected": "projector.9", "pooled": "projector"}
+    return paths | {"pooled": "trunk"}
+
+
+def last_layer(model: Classifier, side: int) -> str:
+    """The name of the deepest layer that puts out a map."""
+    layers = [name for name in layer_paths(model, side) if name.startswith("layer")]
+    return layers[-1]
 
 
 def layers_by_stride(model: Classifier, side: int) -> dict[str, str]:
@@ -3701,11 +3919,13 @@ class Tap:
         self, model: Classifier, names: Sequence[str], side: int, required: bool = True
     ) -> None:
         self.maps: dict[str, Tensor] = {}
+        self.handles: list[Any] = []
         paths, modules = layer_paths(model, side), dict(model.named_modules())
         for name in names:
             path = paths.get(name, f"trunk.{name}")
             if path in modules:
-                modules[path].register_forward_hook(functools.partial(self._keep, name))
+                hook = functools.partial(self._keep, name)
+                self.handles.append(modules[path].register_forward_hook(hook))
             elif required:
                 raise Problem(
                     f"{model.arch} has no layer {name!r}: it has {', '.join(paths)}, and every "
@@ -3721,6 +3941,11 @@ class Tap:
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self.maps[name] = as_map(output)
+
+    def remove(self) -> None:
+        """Look no more; the maps of the last pass stay."""
+        for handle in self.handles:
+            handle.remove()
 
 
 def extract(
@@ -4029,6 +4254,19 @@ class Targets:
 
         return measure_departures(blocks(), skill)
 
+    def wrong(self) -> Tensor:
+        """Which images [N] the biased model gets wrong, by its answers to the first view of the
+        training images, on the device."""
+        self.prepare(0)
+        wrong = []
+        for start in range(0, len(self.indices), BLOCK):
+            positions = np.arange(start, min(start + BLOCK, len(self.indices)))
+            _, biased = self._divide(self.logits(positions))
+            assert biased is not None
+            labels = torch.from_numpy(self.store.labels[self.indices[positions]])
+            wrong.append(biased.argmax(-1) != upload(labels, biased.device))
+        return torch.cat(wrong)
+
     def logits(self, positions: np.ndarray) -> Tensor:
         """Logits [M, b, C] of places in the training set, on the device."""
         chosen = [logits[positions] for logits in self.current[: len(self.models)]]
@@ -4062,7 +4300,7 @@ def frozen_features(
     settings: Distill, targets: Targets, networks: Mapping[str, Classifier], pretrained: bool
 ) -> FrozenFeatures:
     """Layers of the frozen networks: pooled ones from the cache, maps from `networks`, one of each
-    trunk, that run beside the student."""
+    trunk, that run beside the student. A trunk that is not among them has no maps."""
     side, num_teachers = targets.store.data.crop, targets.num_teachers
     names = list(dict.fromkeys(layer.teacher for layer in compared_layers(settings)))
     mixed = settings.train.mix != "none"  # no cache knows mixed images
@@ -4076,7 +4314,7 @@ def frozen_features(
     for name in names:
         widths[name] = [model.head.in_features for model in targets.models]
         if name in online:
-            widths[name] = [taps[key].widths.get(name, 0) for key in keys]
+            widths[name] = [taps[key].widths.get(name, 0) if key in taps else 0 for key in keys]
 
     def maps(batch: Batch) -> Mapping[str, list[Tensor | None]]:
         with torch.no_grad():
@@ -4085,7 +4323,7 @@ def frozen_features(
         found: dict[str, list[Tensor | None]] = {}
         for name in names:
             if name in online:
-                found[name] = [taps[key].maps.get(name) for key in keys]
+                found[name] = [taps[key].maps.get(name) if key in taps else None for key in keys]
             else:
                 found[name] = [*targets.pooled(batch.positions)]
         return found
@@ -4260,6 +4498,12 @@ def check_files(note: Path) -> None:
             )
 
 
+def began_alike(teachers: Teachers) -> bool:
+    """Did all teachers begin with the same pretrained weights? Then their channels correspond."""
+    alike = len({*teachers.arch}) == len({*teachers.weights}) == 1
+    return alike and "random" not in teachers.weights
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """One command at work: a recipe, its data, and where its artefacts stand.
@@ -4328,11 +4572,14 @@ class Context:
         return [self.bias()]
 
     def ensemble(self, student: Distill) -> list[Artefact]:
-        """A student's teachers, those with a DFR head first."""
+        """A student's teachers, those with a DFR head first; SimKD's as far as their maps can be
+        averaged."""
         if not student.has_teachers:
             return []
         count = student.num_teachers or self.recipe.teachers.num_teachers
         num_refitted = round(student.dfr_share * count)
+        if student.loss == "simkd" and not began_alike(self.recipe.teachers):
+            count = 1
         return [self.teacher(i, "dfr" if i < num_refitted else "erm") for i in range(count)]
 
     def student(self, name: str, seed: int) -> Artefact:
@@ -4483,14 +4730,16 @@ def save_model(model: Classifier, artefact: Artefact, ctx: Context, scores: Any)
         "recipe": ctx.name,
         "grokd": __version__,
     }
+    if model.projection:
+        description["projector"] = json.dumps(model.projection._asdict())
     write_file(artefact.path, weights_file(model.plain_state(), description))
 
 
 # ---- Fit -----------------------------------------------------------------------------------------
 
 
-def nothing(view: int) -> None:
-    """Nothing is to be prepared."""
+def nothing(number: int) -> None:
+    """Nothing is to be done."""
 
 
 def show_images(network: nn.Module, batch: Batch) -> Tensor:
@@ -4511,6 +4760,8 @@ class Job:
     losses: Losses
     # Before the epochs of a view.
     prepare: Callable[[int], None] = nothing
+    # After an epoch, by its number from 0, before its checkpoint.
+    after_epoch: Callable[[int], None] = nothing
     # Images as the network sees them, from (indices, stored images, view); None: the store's view.
     view: Callable[[np.ndarray, Tensor, int], Tensor] | None = None
     # The network's output, from what else is known of the batch; under autocast.
@@ -4875,6 +5126,7 @@ class Training:
             append_losses(self.job.artefact.work, losses)
         progress.sums, progress.current = {}, torch.zeros_like(progress.current)
         scores = self.job.validate()
+        self.job.after_epoch(epoch)
         self.model.train()
         entry: dict[str, Any] = {"epoch": epoch + 1, "step": progress.step}
         entry["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -5349,8 +5601,12 @@ def student_job(job: Job, ctx: Context, runtime: Runtime) -> Job:
         targets = frozen_targets(student, job.store, ctx, runtime)
         if student.has_departures:
             targets.departures = targets.measure()
+        samples = sample_weights(job, targets, runtime) if student.weighs_samples else None
+        if student.loss == "simkd":
+            job.losses = projected_loss(job, targets, samples, ctx)
+            return classifier_job(job, ctx, runtime)
         features = feature_loss(job, targets, ctx) if student.has_features else None
-        job.losses = distillation(targets.answer, features)
+        job.losses = distillation(targets.answer, features, samples)
         if student.train.mix == "none":
             job.prepare = targets.prepare
     return classifier_job(job, ctx, runtime)
@@ -5455,27 +5711,175 @@ def print_departures(ctx: Context) -> None:
         )
 
 
+def sample_weights(
+    job: Job, targets: Targets, runtime: Runtime
+) -> SampleWeights | GroupShares:
+    """The weights of a student's samples, which become a part of its network while it trains."""
+    student, model, store = job.settings, typing.cast(Classifier, job.model), job.store
+    train = store.split("train")
+    samples: SampleWeights | GroupShares
+    if student.sample_weights == "group-dro":
+        groups = torch.from_numpy(store.groups[train])
+        samples = GroupShares(groups, len(store.group_names), student.dro_step)
+    elif student.sample_weights == "jtt":
+        wrong = targets.wrong()
+        if not wrong.any():
+            say(
+                f"warning: {job.artefact.name}: the biased model gets every training image right, "
+                "so sample_weights = 'jtt' weighs all alike: stop it early (bias_model.kind = "
+                "'early-stopped')."
+            )
+        samples = SampleWeights(torch.where(wrong, student.upweight, 1.0))
+    else:
+        samples = SampleWeights(torch.ones(len(train)))
+        tap = Tap(model, ["layer1"], store.data.crop)
+
+        def after_epoch(epoch: int) -> None:
+            if epoch + 1 < job.num_epochs:
+                weights = weights_by_readout(job, tap, seed_of(job.seed, Stream.READOUT, epoch),
+                                             runtime)
+                samples.weights.copy_(weights)
+
+        job.after_epoch = after_epoch
+    model.samples = samples
+    return samples
+
+
+READOUT_LR = 1e-3  # of Adam (ours; the paper's is not known to us)
+
+
+def weights_by_readout(job: Job, tap: Tap, seed: int, runtime: Runtime) -> Tensor:
+    """DeDiER's weights [N] of the training images, by a fresh readout of what `tap` sees of
+    layer1, trained on their labels for one epoch (2310.18590).
+
+    The student is in eval mode and stays as it is. Readout and weights are by the evaluation view
+    (ours). Every process trains one; the first one's counts, since without a GPU each has batch
+    norm statistics of its own.
+    """
+    student, store, model = job.settings, job.store, typing.cast(Classifier, job.model)
+    indices = store.split("train")
+    labels = torch.from_numpy(store.labels[indices]).to(runtime.device)
+    order = permutation(len(indices), seed)
+    everything = range(math.ceil(len(indices) / BLOCK))
+    torch.manual_seed(seed)
+    readout = Readout(tap.widths["layer1"], store.num_classes).to(runtime.device, runtime.dtype)
+    optimizer = torch.optim.Adam(readout.parameters(), READOUT_LR)
+
+    def read(places: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """Maps of training images in eval mode, and their labels, by blocks."""
+        blocks = extract({"": model}, store, indices[places], runtime, blocks=everything)
+        for _, part, _ in blocks:
+            yield tap.maps["layer1"].to(runtime.dtype), labels[places[part]]
+
+    model.eval()
+    with runtime.autocast():
+        for maps, of_block in read(order):
+            with torch.autocast(runtime.device.type, enabled=False), torch.enable_grad():
+                for first in range(0, len(maps), job.train.batch_size):
+                    batch = slice(first, first + job.train.batch_size)
+                    optimizer.zero_grad()
+                    cross_entropy(readout(maps[batch]), of_block[batch]).mean().backward()
+                    optimizer.step()
+        logits = []
+        for maps, _ in read(np.arange(len(indices))):
+            with torch.autocast(runtime.device.type, enabled=False):
+                logits.append(readout(maps))
+    weights = readout_weights(
+        torch.cat(logits), labels, student.readout_alpha, student.readout_beta
+    )
+    return runtime.sum(weights * float(runtime.rank == 0))
+
+
+def unfolded(
+    artefacts: Sequence[Artefact], keys: Sequence[str], targets: Targets, ctx: Context
+) -> dict[str, Classifier]:
+    """Frozen networks by the key of their trunk, whose layers can be looked at: folding leaves no
+    modules to tap."""
+    networks: dict[str, Classifier] = {}
+    for key, artefact in zip(keys, artefacts, strict=True):
+        if key not in networks:
+            networks[key] = load_model(artefact.path, targets.runtime.device, ctx.store)
+    return networks
+
+
+def projected_loss(
+    job: Job, targets: Targets, samples: WeighSamples | None, ctx: Context
+) -> Losses:
+    """SimKD: the student gets a projector, and its teachers' mean head, which stays as it is."""
+    student, model, side = job.settings, typing.cast(Classifier, job.model), ctx.store.data.crop
+    artefacts, count = ctx.ensemble(student), targets.num_teachers
+    keys = targets.trunk_keys[:count]
+    networks = unfolded(artefacts, keys, targets, ctx)
+    if count < (student.num_teachers or ctx.recipe.teachers.num_teachers):
+        say(
+            f"{job.artefact.name}: learns from {artefacts[0].name} alone, since teachers that did "
+            "not begin with the same pretrained weights have no channels in common."
+        )
+    layer = last_layer(networks[keys[0]], side)
+    for key, artefact in zip(keys, artefacts, strict=True):
+        seen = pooled_map(networks[key], layer, side, artefact)
+    add_projector(model, side, seen, job.seed)
+    heads = [network.head for network in targets.models[:count]]
+    for name in ("weight", "bias"):
+        mean = torch.stack([getattr(head, name) for head in heads]).mean(0)
+        setattr(model.head, name, nn.Parameter(mean, requires_grad=False))
+    compared = replace(student, gamma=(1.0,), layers=(f"projected={layer}",))
+    frozen = frozen_features(compared, targets, networks, pretrained=True)
+    pair, = compared_layers(compared)
+    return simkd(pair, frozen, Tap(model, [pair.student], side).maps, samples)
+
+
+def pooled_map(network: Classifier, layer: str, side: int, artefact: Artefact) -> Tensor:
+    """What a teacher's last layer puts out of a black image, [1, t, h, w]. Raises Problem unless
+    its mean is what the head multiplies: a projector could not stand in for it."""
+    tap = Tap(network, [layer, "pooled"], side)
+    tap.remove()
+    found, pooled = tap.maps[layer], tap.maps["pooled"]
+    mean = F.adaptive_avg_pool2d(found, 1)
+    if mean.shape != pooled.shape or not torch.allclose(mean, pooled, rtol=1e-3, atol=1e-4):
+        raise Problem(
+            f"{artefact.name}: the head of {network.arch} multiplies something else than the mean "
+            f"of its last map ({layer}), so loss = 'simkd' cannot learn from it: take a residual "
+            "network, or loss = 'kd'."
+        )
+    return found
+
+
+def add_projector(model: Classifier, side: int, teacher: Tensor, seed: int) -> None:
+    """Put a projector to the channels of a teacher's map [1, t, h, w] behind a student's last one,
+    unless it has such a one already. The larger map is averaged down to the smaller.
+
+    What of the trunk does not reach that map is not trained: no gradient would come."""
+    layer = last_layer(model, side)
+    tap = Tap(model, [layer], side)
+    tap.remove()
+    own = tap.maps[layer]
+    projection = Projection(
+        layer_paths(model, side)[layer].removeprefix("trunk."), own.shape[1],
+        min(own.shape[-1], teacher.shape[-1]), teacher.shape[1],
+    )
+    if model.projection != projection:
+        torch.manual_seed(seed_of(seed, Stream.ADAPTERS))
+        model.project(projection)
+    model.eval()(torch.zeros(1, 3, side, side, device=model.mean.device))
+    parameters = [each for each in model.trunk.parameters() if each.requires_grad]
+    gradients = torch.autograd.grad(model.last_map.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
 def feature_loss(job: Job, targets: Targets, ctx: Context) -> FeatureLoss:
     """The loss of a student's layers; its network is tapped and gets its adapters."""
     student, model = job.settings, typing.cast(Classifier, job.model)
     layers = compared_layers(student)
     networks: dict[str, Classifier] = {}
     if student.train.mix != "none" or any(layer.teacher != "pooled" for layer in layers):
-        artefacts = frozen_networks(student, ctx)
-        for key, artefact in zip(targets.trunk_keys, artefacts, strict=True):
-            if key not in networks:  # unfolded: folding leaves no modules to tap
-                networks[key] = load_model(artefact.path, targets.runtime.device, ctx.store)
+        networks = unfolded(frozen_networks(student, ctx), targets.trunk_keys, targets, ctx)
     frozen = frozen_features(student, targets, networks, began_alike(ctx.recipe.teachers))
     tap = Tap(model, [layer.student for layer in layers], ctx.store.data.crop)
     features = FeatureLoss(student, frozen, job.seed)
     features.attach(model, tap.maps, tap.widths)
     return features
-
-
-def began_alike(teachers: Teachers) -> bool:
-    """Did all teachers begin with the same pretrained weights? Then their channels correspond."""
-    alike = len({*teachers.arch}) == len({*teachers.weights}) == 1
-    return alike and "random" not in teachers.weights
 
 
 def training_store(student: Distill, seed: int, ctx: Context) -> Store:
@@ -8136,6 +8540,13 @@ def sections_of(recipe: Recipe) -> Iterator[tuple[str, Distill | Augment]]:
 
 def check_attributes(recipe: Recipe, store: Store) -> None:
     """Raise Problem for what needs the attribute of every training image, where some have none."""
+    for key, student in recipe.students.items():
+        by_groups = student.weighs_samples and student.sample_weights == "group-dro"
+        if by_groups and (store.num_unknown or store.num_attributes == 1):
+            raise Problem(
+                f"students[{key!r}].sample_weights = 'group-dro' needs the attribute of every "
+                "training image: use 'jtt' or 'dedier', which need none."
+            )
     if not store.num_unknown:
         return
     lacking = f"needs the attribute of every training image, and {store.num_unknown:,} have none"
@@ -8219,11 +8630,32 @@ def check_student(
             raise Problem(
                 f"{place}.feature_weights = {student.feature_weights!r} needs at least 2 teachers."
             )
+    if student.loss == "simkd" and student.weighting != "average":
+        raise Problem(
+            f"{place}.loss = 'simkd' compares maps, not answers that could be weighed teacher by "
+            "teacher: set weighting = 'average'."
+        )
+    if student.weighs_samples:
+        check_sample_weights(student, place)
     micro = 0 < student.train.micro_batch < student.train.batch_size
     if micro and student.needs_whole_batches:
         raise Problem(
-            f"{place}: ae-kd, space = 'batch', disagree and contrastive work on whole batches, not "
-            "on micro-batches: set micro_batch = 0."
+            f"{place}: ae-kd, space = 'batch', disagree, contrastive and group-dro work on whole "
+            "batches, not on micro-batches: set micro_batch = 0."
+        )
+
+
+def check_sample_weights(student: Distill, place: str) -> None:
+    """Raise Problem for weights of samples where these have no label or group of their own."""
+    if student.train.mix != "none":
+        raise Problem(
+            f"{place}.sample_weights = {student.sample_weights!r} weighs single images, and mix = "
+            f"{student.train.mix!r} shows mixtures: set mix = 'none'."
+        )
+    if student.sample_weights == "group-dro" and student.augmented:
+        raise Problem(
+            f"{place}.sample_weights = 'group-dro' needs the group of every image, and generated "
+            f"ones (augmented = {student.augmented!r}) have none: use 'jtt' or 'dedier'."
         )
 
 
@@ -8265,6 +8697,7 @@ class Pace(NamedTuple):
     save: float  # a checkpoint
     finish: float  # writing the network
     predict: float  # an image
+    review: float  # an image, in what else follows an epoch
     checkpoint: int
     weights: int  # the network's file
     log: int  # of TensorBoard before the first epoch ends
@@ -8426,12 +8859,16 @@ def measure_training(build: Callable[[], Job], ctx: Context) -> Pace:
         save_model(network, artefact, ctx, {})
         finish = now(device) - began
         history += len(json.dumps(training.progress.history[-1], indent=1))
-    between = max(0.0, epoch - len(choosing_part(job.store)) * predict_time)
+    began, count = now(device), len(job.store.split("train"))
+    job.after_epoch(0)
+    review = (now(device) - began) / count
+    seen = len(choosing_part(job.store)) * predict_time + count * review
+    between = max(0.0, epoch - seen)
     setup = max(0.0, warm - WARM_UP * step - epoch)
     weights = artefact.path.stat().st_size if artefact.path.is_file() else 0
     shutil.rmtree(artefact.work)
     return Pace(
-        setup, step, between, save, finish, predict_time, checkpoint, weights,
+        setup, step, between, save, finish, predict_time, review, checkpoint, weights,
         max(0, 2 * logged - folder_bytes(board)), history, artefact.path,
     )
 
@@ -8635,7 +9072,7 @@ class DryRun:
         per_epoch = len(epoch_batches(num_images, train.batch_size, 0, 0))
         saved = [int(path.name) for path in work.glob("[0-9]*") if not path.suffix]
         steps = max(0, num_epochs * per_epoch - max(saved, default=0))
-        epoch = pace.epoch + self.num_validated * pace.predict
+        epoch = pace.epoch + self.num_validated * pace.predict + num_images * pace.review
         seconds = pace.setup + steps * (pace.step + epoch / per_epoch)
         limit = 60 * train.checkpoint_minutes
         between_saves = min(limit, max(min(10, limit), per_epoch * pace.step + epoch))
@@ -8803,8 +9240,10 @@ class DryRun:
         stage.to_make = len(trunks)
 
     def views(self, student: Distill) -> list[int]:
-        """The augmentations that a student is trained on."""
+        """The augmentations of which a student asks for its teachers' answers."""
         data, train = self.recipe.data, student.train
+        if student.loss == "simkd":  # only jtt asks, for the first
+            return [0] if student.has_biased else []
         if not (data.random_crop or data.flip):
             return [0]
         return [*range(min(train.epochs, train.num_views or train.epochs))]
