@@ -290,8 +290,8 @@ def test_int8_may_lose_so_many_points_of_wga() -> None:
 def test_broken_int8_is_refused_unless_it_is_asked_for(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def break_file(kind: str, *args: Any) -> grokd.Answer:
-        answer = open_file(kind, *args)
+    def break_file(kind: str, *args: Any, **kwargs: Any) -> grokd.Answer:
+        answer = open_file(kind, *args, **kwargs)
         return (lambda images: -answer(images)) if kind == "int8" else answer
 
     open_file = grokd.open_file
@@ -425,7 +425,8 @@ SHAPES = {  # size and crop of images, side of the network
     "resnet8": (16, 16, 0), "resnet8_gn": (20, 16, 0), "resnet18": (72, 64, 48),
     "mobilenet_v3_small": (72, 64, 0), "efficientnet_b0": (72, 64, 0),
     "convnext_tiny": (72, 64, 0), "vit_b_16": (72, 64, 224), "densenet121": (72, 64, 0),
-    "timm:convnextv2_atto": (72, 64, 0),
+    "timm:convnextv2_atto": (72, 64, 0), "timm:vit_tiny_patch16_224": (72, 64, 224),
+    "clip:width=64,layers=2,patch=16,size=64,dim=32": (72, 64, 0),
 }
 
 
@@ -442,7 +443,7 @@ def exported(folder: Path, arch: str, *flags: str) -> Iterator[tuple[Path, Path]
 @pytest.mark.parametrize("arch", SHAPES)
 def test_snippets_of_every_network_answer_as_grokd_does(tmp_path: Path, arch: str) -> None:
     size, crop, _ = SHAPES[arch]
-    own = arch in grokd.SMALL
+    own = arch in grokd.SMALL or arch.startswith("clip:")
     for folder, files in exported(tmp_path, arch, "--int8", "--max-wga-loss", "100"):
         image = folder / "test110.png"
         expected = logits_of(folder / "net.safetensors", image, grokd.Data(size=size, crop=crop))
