@@ -14,6 +14,7 @@ of a deliberately biased model (AGRE-KD, Kenfack et al., TMLR 2025, arXiv 2411.1
     python grokd.py augment RECIPE                # images on which the student is wrong (ConfiG)
     python grokd.py eval RECIPE
     python grokd.py eval RECIPE --models a.safetensors b.safetensors
+    python grokd.py export RECIPE                 # the student to ship, as files that need no grokd
     accelerate launch grokd.py run RECIPE         # the same, on several GPUs
 
 Every command takes --help, which shows the recipe's values. To begin with images of your own,
@@ -39,6 +40,7 @@ Map of this file; a section uses those above it, never one below:
     Generated images                 a diffusion generator, guided by teachers and student (ConfiG)
     Pages                            what results.json looks like: tables, figures, one web page
     Report                           eval: scores of everything made, which student to ship
+    Export                           a network as files for others, checked, with a card
     Checks                           values of a recipe that are wrong or exclude each other
     Dry run                          what `run` would make, and what it would cost
     Command line                     recipes, flags, commands
@@ -60,6 +62,7 @@ import functools
 import graphlib
 import hashlib
 import html
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -698,6 +701,27 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Export:
+    """What is shipped: a finished network, as files that need no grokd."""
+
+    # The student, by name; empty: the one that the report recommends. Of its seeds the one is taken
+    # that has the best worst-group accuracy on the selection part.
+    student: Annotated[str, Mark.INERT, When(model="")] = ""
+    # A weights file of grokd's that is written instead of a student.
+    model: Annotated[str, Mark.CONTENT] = ""
+    # safetensors: weights with torchvision's keys. onnx: a graph, for onnxruntime. pt2: a program
+    # of torch.export. onnx and int8 need the extra export.
+    format: tuple[Literal["safetensors", "onnx", "pt2"], ...] = ("safetensors", "onnx", "pt2")
+    int8: bool = False  # Write a graph of 8-bit integers too, model.int8.onnx.
+    # int8: validation images that set its ranges, the same number of every group that has so many.
+    calibration: Annotated[Count, When(int8=True)] = 256
+    # int8: points of worst-group accuracy that it may lose; with more nothing is written.
+    max_wga_loss: Annotated[NotNegative, When(int8=True)] = 2.0
+    # Test images on which every file is compared with the network; 0: all.
+    num_images: Natural = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One experiment. Copy a file of recipes/ and edit it."""
 
@@ -710,6 +734,7 @@ class Recipe:
     augments: Mapping[str, Augment] = field(default_factory=dict)
     diffusion: Diffusion = Diffusion()
     eval: Eval = Eval()
+    export: Export = Export()
     seeds: tuple[Natural, ...] = (0, 1, 2)  # Every student is trained once with each of these.
     root: str = "."  # Folder of the data.
     # Figures printed beside the measured ones: row of the report -> column -> per cent.
@@ -3378,9 +3403,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate pooled features [B, d]: what the head multiplies."""
-        side = self.input.input_size
-        if side and side != images.shape[-1]:
-            images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+        images = resized(images, self.input.input_size)
         fixed = self.fixed_side
         if fixed and fixed != images.shape[-1]:
             raise Problem(
@@ -3455,6 +3478,13 @@ class Classifier(nn.Module):
             reason = " ".join(str(error).split()).partition(": ")[2]
             raise Problem(f"{source} does not fit {self.arch}: {reason[:200]} ...") from error
         return fits
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Images [B, 3, S, S] at the side that a network takes; 0: as they are."""
+    if not side or side == images.shape[-1]:
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
 def plain_network(arch: str, num_classes: int) -> nn.Module:
@@ -7821,23 +7851,38 @@ def choose_student(
     Without attributes groups are the inferred ones, or classes where there are none of these.
     """
     students = [model for model in models if model.name.startswith("students/")]
-    selection = ctx.store.split("selection")
-    if not len(selection) or len({model.row for model in students}) < 2:
+    num_images = len(ctx.store.split("selection"))
+    if not num_images or len({model.row for model in students}) < 2:
         return {}
+    groups, by = selection_groups(inferred, ctx)
+    wga = selection_wga(students, groups, ctx)
+    costs = {model.row: len(networks_behind(ctx.described(model.name))) for model in students}
+    sizes = np.bincount(groups)
+    chosen = rank_students(wga, costs, 100 / sizes[sizes > 0].min())
+    return {**chosen, "images": num_images, "by": by} if chosen else {}
+
+
+def selection_groups(inferred: Inferred, ctx: Context) -> tuple[np.ndarray, str]:
+    """Groups [N] of the selection part by which students are chosen, and of what kind they are."""
+    groups = ctx.store.groups[ctx.store.split("selection")]
+    if ctx.store.num_attributes > 1:
+        return groups, "known"
+    by = inferred.groups if inferred.cells else "classes"
+    return inferred.cells.get("selection", groups), by
+
+
+def selection_wga(
+    students: Sequence[Scored], groups: np.ndarray, ctx: Context
+) -> dict[str, dict[str, float]]:
+    """WGA of students on the selection part, in per cent: row -> seed0 -> 90.0."""
     logits = logits_of({model.name: [model] for model in students}, ctx, "selection")
-    labels, groups, by = ctx.store.labels[selection], ctx.store.groups[selection], "known"
-    if ctx.store.num_attributes == 1:
-        by = inferred.groups if inferred.cells else "classes"
-        groups = inferred.cells.get("selection", groups)
+    labels = ctx.store.labels[ctx.store.split("selection")]
     wga: dict[str, dict[str, float]] = {}
     for model in students:
         correct = logits[model].argmax(-1).numpy() == labels
         seed = model.path.parent.name
         wga.setdefault(model.row, {})[seed] = 100 * worst_group(correct, groups)
-    costs = {model.row: len(networks_behind(ctx.described(model.name))) for model in students}
-    sizes = np.bincount(groups)
-    chosen = rank_students(wga, costs, 100 / sizes[sizes > 0].min())
-    return {**chosen, "images": len(selection), "by": by} if chosen else {}
+    return wga
 
 
 def networks_behind(artefact: Artefact) -> set[str]:
@@ -8405,6 +8450,674 @@ def origin(processes: int = 1) -> dict[str, str]:
         "versions": versions,
         "hardware": f"{machine}, {processes} process(es) of {torch.get_num_threads()} threads",
     }
+
+
+# ---- Export --------------------------------------------------------------------------------------
+
+FILES = {
+    "safetensors": "model.safetensors",
+    "onnx": "model.onnx",
+    "pt2": "model.pt2",
+    "int8": "model.int8.onnx",
+}
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # the extra export
+OPSET = 18  # of ONNX: the first that resizes with antialiasing
+LARGEST_ONNX = 2e9  # bytes of weights; beyond it a graph is not one file
+# Bounds of the files of floats, ours: greatest difference of a logit as a share of the greatest
+# logit, and share of images of another class, at least one: two logits may be nearly equal.
+MAX_DELTA, MAX_CHANGED = 1e-3, 1e-3
+CHECKED_AT_ONCE = 32  # images
+TIMED_IMAGES, TIMED_SECONDS = 30, 2.0  # at most
+# torchvision's networks that timm has under the same name, with the same keys.
+SHARED_WITH_TIMM = re.compile(r"(wide_)?resnex?t\d+\w*|densenet\d+")
+
+PYTORCH = {"format": "pt"}  # other readers of safetensors ask for it
+# What a graph says of itself, of the metadata of the weights, and of its input.
+KEPT_METADATA = ("arch", "class_names", "fingerprint", "recipe")
+INPUT = "RGB images in 0..1; normalisation is inside"
+
+Answer = Callable[[Tensor], Tensor]  # images [B, 3, crop, crop] in 0..1 -> logits [B, C]
+
+
+class Graph(nn.Module):
+    """What the graphs compute: images [B, 3, crop, crop], float32 in 0..1 -> logits [B, C].
+
+    Normalisation is inside, and resizing where the network takes another size. It has no region of
+    autocast, which not every exporter knows.
+    """
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.head(self.model.features(images))
+
+
+class Source(NamedTuple):
+    """The network that is exported."""
+
+    name: str  # of its folder
+    path: Path  # of its weights
+    parents: list[Artefact]  # the student; none for a file
+
+
+def run_export(ctx: Context) -> None:
+    """Write a finished network as files that need no grokd, in a folder that appears when all of
+    them are checked. The first process writes, the others wait."""
+    settings, runtime = ctx.recipe.export, ctx.runtime.together()
+    check_formats(settings)
+    source = source_to_export(ctx)
+    artefact = Artefact(
+        f"export/{source.name}", ctx.out / "export" / f"{source.name}.json", "export",
+        settings_of(settings) | ctx.data_settings, {each.name: each for each in source.parents},
+    )
+    runtime.first(lambda: look_at_place(artefact, ctx))
+
+    def write() -> None:
+        try:
+            write_folder(artefact, source, ctx)
+        except Problem:
+            shutil.rmtree(artefact.work)  # nothing to go on from: the remedy is another flag
+            raise
+
+    make([artefact], lambda _: runtime.first(write), ctx, runtime)
+    say(f"{source.path} as files for others, with a card: {folder_of(artefact)}")
+
+
+def folder_of(artefact: Artefact) -> Path:
+    """The folder of an export; its note stands beside it."""
+    return artefact.path.with_name(artefact.path.name.removesuffix(".json"))
+
+
+def check_formats(settings: Export) -> None:
+    """Raise Problem if there is nothing to write, or a package is missing."""
+    kinds = kinds_of(settings)
+    if not kinds:
+        raise Problem("--format names no file: give safetensors, onnx or pt2.")
+    absent = [name for name in PACKAGES if not importlib.util.find_spec(name)]
+    if absent and {"onnx", "int8"} & {*kinds}:
+        raise Problem(
+            f"ONNX needs the packages {', '.join(absent)}: install grokd with its extra export (uv "
+            "sync --extra export), or go without (--format safetensors pt2)."
+        )
+
+
+def kinds_of(settings: Export) -> list[str]:
+    """The files to write, in the order of FILES."""
+    wanted = {*settings.format} | ({"int8"} if settings.int8 else set())
+    return [kind for kind in FILES if kind in wanted]
+
+
+def source_to_export(ctx: Context) -> Source:
+    """The file that is named, or a student. All processes take part."""
+    model = ctx.recipe.export.model
+    if not model:
+        artefact = student_to_export(ctx)
+        return Source(artefact.name.split("/")[1], artefact.path, [artefact])
+    path, out = Path(model).resolve(), ctx.out.resolve()
+    inside = path.relative_to(out) if path.is_relative_to(out) else Path(path.name)
+    return Source("-".join(inside.with_suffix("").parts), Path(model), [])
+
+
+def student_to_export(ctx: Context) -> Artefact:
+    """The student that is named or recommended, of its seeds the best on the selection part."""
+    models, left_out = ctx.runtime.together().first(lambda: find_models(ctx))
+    folders = [f"seed{seed}" for seed in ctx.recipe.seeds]
+    students = [
+        model for model in models
+        if model.name.startswith("students/") and model.path.parent.name in folders
+    ]
+    names, name = list(dict.fromkeys(model.row for model in students)), ctx.recipe.export.student
+    which = f"seeds {', '.join(map(str, ctx.recipe.seeds))}"
+    if not students:
+        raise Problem(
+            f"{ctx.out} holds no finished student ({which}): train them with `python grokd.py run "
+            f"{ctx.name}`, or name a file with --model."
+        )
+    if name not in (*names, ""):
+        stale = [line for line in left_out if f"/students/{name}/" in line]
+        hint = f": {stale[0]}. Train it with distill" if stale else suggest(name, names)
+        raise Problem(f"{ctx.out} holds no finished student {name!r} ({which}){hint}.")
+    has_selection = len(ctx.store.split("selection")) > 0
+    inferred = Inferred("", {})
+    if has_selection and ctx.store.num_attributes == 1:
+        inferred = inferred_parts(ctx)
+    if not name and len(names) > 1:
+        name = choose_student(students, inferred, ctx).get("ship", "")
+        if not name:
+            raise Problem(
+                "No student can be recommended without validation images that refitted no head, "
+                f"and seeds that all have: name one with --student: {', '.join(names)}."
+            )
+    members = [model for model in students if model.row == (name or names[0])]
+    best = members[0]
+    if has_selection and len(members) > 1:
+        wga = selection_wga(members, selection_groups(inferred, ctx)[0], ctx)[best.row]
+        best = max(members, key=lambda model: wga[model.path.parent.name])
+    return ctx.described(best.name)
+
+
+def look_at_place(artefact: Artefact, ctx: Context) -> None:
+    """Forget an export that was moved away; raise Problem for a folder that nothing speaks for."""
+    folder = folder_of(artefact)
+    if not folder.is_dir():
+        artefact.path.unlink(missing_ok=True)
+    elif artefact.standing().state == State.MISSING and not ctx.common.redo:
+        raise Problem(
+            f"{folder} is there, and nothing says from where: move it away, or replace it with "
+            "--redo."
+        )
+
+
+def write_folder(artefact: Artefact, source: Source, ctx: Context) -> None:
+    """Write all files beside their place, check them, and move them there; raises Problem, and
+    leaves what stood there, if one of them does not answer as the network does."""
+    folder, new, old = folder_of(artefact), artefact.work / "new", artefact.work / "old"
+    for each in (new, old):
+        shutil.rmtree(each, ignore_errors=True)
+    settings, began = ctx.recipe.export, time.monotonic()
+    model = load_model(source.path, store=ctx.store).float()
+    write_models(model, source, new, ctx)
+    indices = checked_images(settings, ctx.store)
+    reference = load_model(source.path, store=ctx.store)  # in its own precision
+    figures = compare_files(new, model, reference, indices, ctx)
+    for kind in kinds_of(settings):
+        if fault := fault_of(kind, figures, len(indices), settings):
+            raise Problem(fault)
+    about = describe_export(source, model, figures, indices, ctx)
+    write_file(new / "config.json", json.dumps(about, indent=1) + "\n")
+    write_file(new / "README.md", card(about))
+    if folder.is_dir():
+        folder.rename(old)
+    write_file(artefact.path, json.dumps(with_checksum(artefact.identity)))
+    new.rename(folder)
+    say(format_table(about), f"Took {time.monotonic() - began:.0f} s")
+
+
+def write_models(model: Classifier, source: Source, folder: Path, ctx: Context) -> None:
+    """Write the network, float32 on the CPU, in every format that is wanted."""
+    kinds = kinds_of(ctx.recipe.export)
+    metadata = read_metadata(source.path)
+    if "safetensors" in kinds:
+        weights = weights_file(model.plain_state(), metadata | PYTORCH)
+        write_file(folder / FILES["safetensors"], weights)
+    if kinds == ["safetensors"]:
+        return
+    crop = ctx.store.data.crop
+    # An example of one image would fix the size of batches.
+    example, batch = torch.zeros(2, 3, crop, crop), torch.export.Dim("batch")
+    with exporting("pt2", model.arch):
+        program = torch.export.export(
+            Graph(model).eval(), (example,), dynamic_shapes={"images": {0: batch}}
+        )
+    if "pt2" in kinds:
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        write_file(folder / FILES["pt2"], buffer.getbuffer())
+    if {"onnx", "int8"} & {*kinds}:
+        graph = onnx_bytes(program, model, metadata)
+        if "onnx" in kinds:
+            write_file(folder / FILES["onnx"], graph)
+        if "int8" in kinds:
+            write_int8(graph, folder / FILES["int8"], model, ctx)
+
+
+@contextlib.contextmanager
+def exporting(kind: str, arch: str) -> Iterator[None]:
+    """What a library's exporter raises, in one line."""
+    try:
+        yield
+    except Exception as error:  # without a common base
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise Problem(
+            f"{kind}: {arch} could not be written ({reason}): go without it (--format, --int8), or "
+            "use another version of torch or of the packages of the extra export."
+        ) from error
+
+
+def onnx_bytes(program: Any, model: Classifier, metadata: Mapping[str, str]) -> bytes:
+    """A program of torch.export as an ONNX file, whole: input images, output logits."""
+    size = sum(value.nbytes for value in model.state_dict().values())
+    if size > LARGEST_ONNX:
+        raise Problem(
+            f"onnx: {model.arch} has {size / 1e9:.1f} GB of weights, and a file of ONNX holds "
+            "less than 2: leave it out (--format safetensors pt2)."
+        )
+    import onnx
+
+    kept = {key: value for key, value in metadata.items() if key in KEPT_METADATA}
+    with exporting("onnx", model.arch):
+        exported: Any = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=["logits"],
+            dynamic_shapes={"images": {0: "batch"}}, opset_version=OPSET, verbose=False,
+        )
+        graph = exported.model_proto
+        onnx.helper.set_model_props(graph, {**kept, "input": INPUT})
+        onnx.checker.check_model(graph)
+        return graph.SerializeToString()
+
+
+def write_int8(graph: bytes, path: Path, model: Classifier, ctx: Context) -> None:
+    """Quantise a graph statically (onnxruntime): QDQ, signed, weights per channel, ranges of
+    activations by their extremes over validation images. Normalisation layers stay in floats."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    every = sorted({*QDQRegistry, *QLinearOpsRegistry})  # onnxruntime's own choice
+    images = calibration_images(ctx.recipe.export, ctx.store)
+    cpu = torch.device("cpu")
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.parts = iter(slices(len(images), CHECKED_AT_ONCE))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            part = next(self.parts, None)
+            if part is None:
+                return None
+            return {"images": ctx.store.view(images[part], cpu).contiguous().numpy()}
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        names = [str(Path(folder) / name) for name in ("float.onnx", "prepared.onnx", "int8.onnx")]
+        Path(names[0]).write_bytes(graph)
+        with exporting("int8", model.arch):
+            # Its symbolic shapes fail on some graphs, and serve those of images of any size.
+            quantization.quant_pre_process(*names[:2], skip_symbolic_shape=True)
+            quantization.quantize_static(
+                *names[1:], Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
+                op_types_to_quantize=[op for op in every if "Normalization" not in op],
+                activation_type=quantization.QuantType.QInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+        write_file(path, Path(names[2]).read_bytes())
+
+
+def calibration_images(settings: Export, store: Store) -> np.ndarray:
+    """Validation images that set int8's ranges: of every cell the same share, or all it has."""
+    val = store.split("val")
+    order = val[permutation(len(val), 0)]
+    cells = np.unique(store.cells[val])
+    share = max(1, settings.calibration // len(cells))
+    return np.sort(np.concatenate([order[store.cells[order] == cell][:share] for cell in cells]))
+
+
+def checked_images(settings: Export, store: Store) -> np.ndarray:
+    """The test images on which files are compared: all, or so many at random."""
+    test = store.split("test")
+    if not settings.num_images:
+        return test
+    return np.sort(test[permutation(len(test), 0)][: settings.num_images])
+
+
+def open_file(kind: str, folder: Path, model: Classifier, threads: int) -> Answer:
+    """A file as its users run it, read anew; `threads` are those of onnxruntime."""
+    path = folder / FILES[kind]
+    if kind == "safetensors":
+        return open_plain(path, model)
+    if kind == "pt2":
+        return torch.export.load(path).module()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def open_plain(path: Path, model: Classifier) -> Answer:
+    """Weights in the plain network of their library, strictly, normalised beside it; under SimKD's
+    projector, which no library has, as grokd reads them."""
+    if model.projection:
+        return load_model(path)
+    network = plain_network(model.arch, model.num_classes)
+    network.load_state_dict(load_file(path))
+    network.eval()
+    mean, std = (torch.tensor(each)[:, None, None] for each in (model.input.mean, model.input.std))
+    side = model.input.input_size
+    return lambda images: network((resized(images, side) - mean) / std)
+
+
+@torch.no_grad()
+def compare_files(
+    folder: Path, model: Classifier, reference: Classifier, indices: np.ndarray, ctx: Context
+) -> dict[str, dict[str, Any]]:
+    """Figures of every file, and first of the network itself, `grokd`: scores by group, greatest
+    difference of a logit and agreement with the network, megabytes, milliseconds an image."""
+    store, cpu = ctx.store, torch.device("cpu")
+    kinds = kinds_of(ctx.recipe.export)
+    answers: dict[str, Answer] = {"grokd": reference}
+    answers |= {kind: open_file(kind, folder, model, torch.get_num_threads()) for kind in kinds}
+    outputs: dict[str, list[Tensor]] = {kind: [] for kind in answers}
+    parts = slices(len(indices), CHECKED_AT_ONCE)
+    ahead = prefetch(parts, lambda part: store.view(indices[part], cpu).contiguous())
+    for _, images in progress_bar(ahead, "check", total=len(parts)):
+        for kind, answer in answers.items():
+            outputs[kind].append(answer(images).double())
+    logits = {kind: torch.cat(each) for kind, each in outputs.items()}
+    image = store.view(indices[:1], cpu).contiguous()
+    figures = {}
+    for kind, answer in answers.items():
+        figures[kind] = compare(logits[kind], logits["grokd"], store, indices)
+        if kind in kinds:
+            path = folder / FILES[kind]
+            figures[kind] |= {"file": path.name, "mb": path.stat().st_size / 1e6}
+            answer = open_file(kind, folder, model, threads=1)
+        figures[kind]["ms"] = milliseconds(answer, image)
+    return figures
+
+
+def compare(
+    logits: Tensor, reference: Tensor, store: Store, indices: np.ndarray
+) -> dict[str, Any]:
+    """Scores by group of logits [N, C], and how far they are from the network's."""
+    answers = logits.argmax(-1).numpy()
+    correct = answers == store.labels[indices]
+    delta, agrees = (logits - reference).abs().max(), answers == reference.argmax(-1).numpy()
+    return group_scores(correct, store.groups[indices], store.counts("train")) | {
+        "max_delta": float(delta),
+        "relative_delta": float(delta / reference.abs().max().clamp_min(1e-30)),
+        "changed": int((~agrees).sum()),
+        "agreement": float(100 * agrees.mean()),
+    }
+
+
+def milliseconds(answer: Answer, image: Tensor) -> float:
+    """Time of one image [1, 3, crop, crop] on one thread: the least of several, since what else the
+    machine does only adds to it."""
+    threads, times = torch.get_num_threads(), list[float]()
+    torch.set_num_threads(1)
+    try:
+        answer(image)  # the first one sets things up
+        began = time.perf_counter()
+        while len(times) < TIMED_IMAGES and time.perf_counter() - began < TIMED_SECONDS:
+            start = time.perf_counter()
+            answer(image)
+            times.append(1000 * (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(threads)
+    return min(times)
+
+
+def fault_of(
+    kind: str, figures: Mapping[str, Mapping[str, Any]], num_images: int, settings: Export
+) -> str:
+    """Why a file is not to be shipped; empty if it is as it should be."""
+    file, network = figures[kind], figures["grokd"]
+    if kind == "int8":
+        loss = network["wga"] - file["wga"]
+        if loss <= settings.max_wga_loss:
+            return ""
+        return (
+            f"int8: the worst group's accuracy would fall by {loss:.1f} points, from "
+            f"{network['wga']:.1f} to {file['wga']:.1f}: nothing is written. Go without "
+            "--int8, calibrate on more images (--calibration), or allow it (--max-wga-loss "
+            f"{math.ceil(loss)})."
+        )
+    is_near = file["relative_delta"] <= MAX_DELTA  # False for one that is not finite
+    if is_near and file["changed"] <= max(1, MAX_CHANGED * num_images):
+        return ""
+    return (
+        f"{kind}: {file['file']} does not answer as the network does: greatest difference of a "
+        f"logit {file['max_delta']:.3g} ({file['relative_delta']:.2g} of the greatest one, allowed "
+        f"{MAX_DELTA:g}), the same class for {file['agreement']:.2f} % of {num_images} test images "
+        f"(asked {100 - 100 * MAX_CHANGED:g}): nothing is written. Leave it out (--format), or use "
+        "another version of what wrote it."
+    )
+
+
+def describe_export(
+    source: Source, model: Classifier, figures: Mapping[str, Any], indices: np.ndarray,
+    ctx: Context,
+) -> dict[str, Any]:
+    """What config.json says: network, input, figures, origin; in timm's layout where timm has the
+    network with these keys."""
+    store, data, metadata = ctx.store, ctx.store.data, read_metadata(source.path)
+    settings = ctx.recipe.export
+    counts = {part: store.counts(part).tolist() for part in SPLITS}
+    if store.num_unknown:
+        counts["train"] = [None] * len(store.group_names)
+    packages = ("torch", "torchvision", *PACKAGES)
+    return timm_layout(model, data) | {
+        "name": source.name,
+        "arch": model.arch,
+        "num_classes": model.num_classes,
+        "num_features": model.head.in_features,
+        "projector": model.projection._asdict() if model.projection else None,
+        "label_names": list(store.class_names),
+        "input": {
+            "name": "images", "shape": ["batch", 3, data.crop, data.crop], "dtype": "float32",
+            "range": [0, 1], "channels": "RGB",
+        },
+        "resize": {"size": data.size, "geometry": data.geometry, "filter": "bilinear",
+                   "crop": data.crop, "input_size": model.input.input_size or data.crop},
+        "mean": list(model.input.mean),
+        "std": list(model.input.std),
+        "normalisation": "inside all but model.safetensors",
+        "opset": OPSET,
+        "recipe": ctx.name,
+        "settings": json.loads(metadata.get("settings", "{}")),
+        "fingerprint": metadata.get("fingerprint", ""),
+        "data": store.fingerprint,
+        "groups": [
+            {"name": name} | {part: each[g] for part, each in counts.items()}
+            for g, name in enumerate(store.group_names)
+        ],
+        "checked_images": len(indices),
+        "calibration_images": len(calibration_images(settings, store)) if settings.int8 else 0,
+        "formats": dict(figures),
+        "made": origin(ctx.runtime.accelerator.num_processes),
+        "packages": {
+            name: importlib.metadata.version(name)
+            for name in packages if importlib.util.find_spec(name)
+        },
+    }
+
+
+def is_of_timm(arch: str) -> bool:
+    """Has timm the network, under keys like ours?"""
+    return arch.startswith(TIMM) or SHARED_WITH_TIMM.fullmatch(arch) is not None
+
+
+def timm_layout(model: Classifier, data: Data) -> dict[str, Any]:
+    """What timm.create_model("local-dir:FOLDER") and timm's transforms read; empty where timm does
+    not have the network."""
+    if not is_of_timm(model.arch) or model.projection:
+        return {}
+    side = model.input.input_size or data.crop
+    return {
+        "architecture": model.arch.removeprefix(TIMM).partition(".")[0],
+        "pretrained_cfg": {
+            "num_classes": model.num_classes,
+            "input_size": [3, side, side],
+            "fixed_input_size": model.fixed_side > 0,
+            "interpolation": "bilinear",
+            "crop_pct": data.crop / data.size,
+            "crop_mode": "squash" if data.geometry == "squash" else "center",
+            "mean": list(model.input.mean),
+            "std": list(model.input.std),
+            "classifier": model.head_path,
+        },
+    }
+
+
+def format_table(about: Mapping[str, Any]) -> str:
+    """Every file of config.json: size, speed, difference from the network, scores by group."""
+    figures = about["formats"]
+    columns = shown_columns(figures.values())
+    header = ["file", "MB", "ms", "max Δ logit", "same class", *columns.values()]
+    rows = []
+    for each in figures.values():
+        has_file = "file" in each
+        rows.append([
+            each["file"] if has_file else "the network in PyTorch",
+            f"{each['mb']:.2f}" if has_file else "–",
+            f"{each['ms']:.2f}",
+            f"{each['max_delta']:.1e}" if has_file else "–",
+            f"{each['agreement']:.2f}" if has_file else "–",
+            *score_cells(each, columns),
+        ])
+    return table([*header, *(group["name"] for group in about["groups"])], rows)
+
+
+def card(about: Mapping[str, Any]) -> str:
+    """config.json as a model card, with a header for the hub."""
+    scores, made = about["formats"]["grokd"], about["made"]
+    kinds = [kind for kind in FILES if kind in about["formats"]]
+    checked, tested = about["checked_images"], sum(group["test"] for group in about["groups"])
+    sizes = [
+        [group["name"], *("–" if group[part] is None else str(group[part]) for part in SPLITS)]
+        for group in about["groups"]
+    ]
+    parts = [
+        card_header(about),
+        f"# {about['name']}",
+        f"{about['arch']}, an image classifier of {about['num_classes']} classes "
+        f"({', '.join(about['label_names'])}), from grokd's recipe {about['recipe']}. Worst-group "
+        f"accuracy (WGA) **{scores['wga']:.1f} %**, mean {scores['mean']:.1f} %, on {checked:,} of "
+        f"{tested:,} test images. The worst group is the worst of those below.",
+        format_table(about),
+        "Accuracies in per cent. Each file was read anew and compared with the network on "
+        f"{checked:,} test images: greatest difference of a logit, and per cent of images of the "
+        f"same class. Of a file of floats no logit may differ by more than {MAX_DELTA:g} of the "
+        f"greatest one, nor the class of more than {100 * MAX_CHANGED:g} % of the images (at least "
+        f"one). ms: least time of one image at a time, on one thread ({made['hardware']}).",
+    ]
+    if "int8" in kinds:
+        parts.append(
+            f"{FILES['int8']}: static quantisation by onnxruntime (QDQ, per channel), calibrated "
+            f"on {about['calibration_images']} validation images, balanced by group."
+        )
+    parts += ["## Use", use_text(about)]
+    parts += [f"{FILES[kind]}:\n\n{snippet(kind, about)}" for kind in kinds if kind != "int8"]
+    parts += [
+        "## Data", table(["group", *SPLITS], sizes),
+        "## Settings", settings_text(about),
+        "## Licence",
+        "None is chosen here. It depends on the data and on the weights that training began with: "
+        "add `license:` to the header before you publish.",
+        f"`{made['command']}`, {made['date']}, commit {made['commit']}, {made['versions']}, "
+        + ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+        + f"; ONNX opset {about['opset']}; fingerprint {about['fingerprint'] or 'none'}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def card_header(about: Mapping[str, Any]) -> str:
+    """The YAML header that the hub reads; JSON is YAML."""
+    scores = about["formats"]["grokd"]
+    metrics = [
+        {"type": "accuracy", "name": name, "value": round(scores[key], 2)}
+        for key, name in (("wga", "worst-group accuracy"), ("mean", "accuracy"))
+    ]
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"type": about["recipe"], "name": about["recipe"], "split": "test"},
+        "metrics": metrics,
+    }
+    tags = ["image-classification", "knowledge-distillation", "group-robustness", "grokd"]
+    if "onnx" in about["formats"]:
+        tags.append("onnx")
+    header: dict[str, Any] = {
+        "library_name": "timm" if "architecture" in about else "pytorch",
+        "pipeline_tag": "image-classification",
+        "tags": tags,
+        "metrics": ["accuracy"],
+        "model-index": [{"name": about["name"], "results": [result]}],
+    }
+    lines = ["---", "# license: yours to choose, see below"]
+    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()]
+    return "\n".join([*lines, "---"])
+
+
+def use_text(about: Mapping[str, Any]) -> str:
+    """How images come in, and which libraries know the weights."""
+    resize, crop = about["resize"], about["resize"]["crop"]
+    shape = f"[batch, 3, {crop}, {crop}]"
+    side = resize["input_size"]
+    fitting = "" if side == crop else f" and resizing to the {side} pixels of the network"
+    way = (
+        f"resized to {resize['size']} x {resize['size']}" if resize["geometry"] == "squash"
+        else f"its centre square resized to {resize['size']}"
+    )
+    if "architecture" in about:
+        keys = 'timm reads the folder: `timm.create_model("local-dir:FOLDER", pretrained=True)`.'
+    elif snippet_network(about):
+        keys = "timm does not have this network under these keys, so it cannot read the folder."
+    else:
+        keys = (
+            f"{about['arch']}{' under a projector' * bool(about['projector'])} is a network of "
+            f"grokd's own: {FILES['safetensors']} needs grokd, the graphs do not."
+        )
+    return (
+        f"Input `images`: float32 {shape}, RGB in 0..1; an image is {way} (bilinear), then the "
+        f"centre of {crop} x {crop} cut. Output `logits`: [batch, {about['num_classes']}]. "
+        f"Normalisation (mean {about['mean']}, standard deviation {about['std']}){fitting} is "
+        f"inside the graphs; with {FILES['safetensors']} it is yours. {keys}"
+    )
+
+
+def snippet_network(about: Mapping[str, Any]) -> list[str]:
+    """Lines that build the plain network and load it; empty for a network of grokd's own."""
+    arch = about["arch"]
+    if arch in SMALL or arch.startswith("clip:") or about["projector"]:
+        return []
+    if arch.startswith(TIMM):
+        return ['network = timm.create_model("local-dir:.", pretrained=True)']
+    name, classes = json.dumps(arch), about["num_classes"]
+    return [
+        f"network = torchvision.models.get_model({name}, num_classes={classes})",
+        f'network.load_state_dict(load_file("{FILES["safetensors"]}"))',
+    ]
+
+
+def snippet(kind: str, about: Mapping[str, Any]) -> str:
+    """Python that classifies image.png with a file and without grokd, in the folder of the card."""
+    resize, size, crop = about["resize"], about["resize"]["size"], about["resize"]["crop"]
+    network = snippet_network(about)
+    if kind == "safetensors" and not network:
+        return "No library but grokd has this network."
+    packages = {
+        "onnx": "onnxruntime",
+        "pt2": "torch",
+        "safetensors": "timm, torch" if about["arch"].startswith(TIMM) else "torch, torchvision",
+    }
+    lines = [f"import json, numpy as np, {packages[kind]}", "from PIL import Image, ImageOps"]
+    if kind == "safetensors" and not about["arch"].startswith(TIMM):
+        lines.append("from safetensors.torch import load_file")
+    lines.append('image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")')
+    fit = f"image.resize(({size}, {size})" if resize["geometry"] == "squash" else (
+        f"ImageOps.fit(image, ({size}, {size})")
+    start = (size - crop) // 2
+    cut = f".crop(({start}, {start}, {start + crop}, {start + crop}))" if crop < size else ""
+    lines.append(f"image = {fit}, Image.Resampling.BILINEAR){cut}")
+    lines.append("images = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255")
+    if kind == "onnx":
+        lines += [
+            f'session = onnxruntime.InferenceSession("{FILES["onnx"]}")',
+            'logits = session.run(None, {"images": images})[0]',
+        ]
+    else:
+        lines.append("images = torch.from_numpy(images)")
+    if kind == "pt2":
+        lines.append(f'logits = torch.export.load("{FILES["pt2"]}").module()(images)')
+    if kind == "safetensors":
+        side = resize["input_size"]
+        if side != crop:
+            lines.append(
+                f"images = torch.nn.functional.interpolate(images, ({side}, {side}), "
+                'mode="bilinear", antialias=True)'
+            )
+        mean, std = (f"torch.tensor({about[key]}).view(3, 1, 1)" for key in ("mean", "std"))
+        lines += [*network, f"logits = network.eval()((images - {mean}) / {std})"]
+    lines.append('print(json.load(open("config.json"))["label_names"][int(logits[0].argmax())])')
+    return "\n".join(["```python", *lines, "```"])
+
+
+def settings_text(about: Mapping[str, Any]) -> str:
+    """The settings that made the network, one a line."""
+    lines = [f"{name} = {json.dumps(value)}" for name, value in about["settings"].items()]
+    return "\n".join(["```", *(lines or ["not known"]), "```"])
 
 
 # ---- Checks --------------------------------------------------------------------------------------
@@ -9455,6 +10168,7 @@ COMMANDS = {
     "augment": "generate images on which the teachers are sure and a student is wrong",
     "eval": "score everything found, by group, and write the report",
     "run": "all of the above in order",
+    "export": "write a finished student, checked, as files that need no grokd",
 }
 STUDENTS = (
     "Students to train, by name; all if none is named. A flag that changes a student shows in its "
@@ -9610,6 +10324,8 @@ def flag_sections(command: str) -> dict[str, Any]:
         return kinds
     if command == "augment":
         return {"augment": Annotated[Augment, FLAT], "diffusion": Diffusion}
+    if command == "export":
+        return {"export": Annotated[Export, FLAT]}
     key = command.replace("-", "_")
     return {key: Annotated[kinds[key], FLAT]}
 
@@ -9815,6 +10531,7 @@ def agreed_settings(ctx: Context) -> dict[str, Any]:
     recipe, common = ctx.recipe, ctx.common
     sections = [("teachers", recipe.teachers), ("bias-model", recipe.bias_model)]
     sections += [("diffusion", recipe.diffusion), ("eval", recipe.eval)]
+    sections += [("export", recipe.export)]
     sections += [*recipe.students.items(), *recipe.augments.items()]
     settings = {
         f"{name}: {key}": value
@@ -9904,7 +10621,7 @@ def command_line(argv: Sequence[str]) -> None:
             dry_run(ctx)
             return
         check_processes(ctx)
-        if common.resume and command != "eval":
+        if common.resume and command not in ("eval", "export"):
             check_resume(ctx)
         work(command, ctx, own.models)
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB of memory"
@@ -9918,6 +10635,7 @@ def command_line(argv: Sequence[str]) -> None:
 
 NEXT = {
     "teachers": "bias-model", "bias-model": "distill", "distill": "eval", "augment": "distill",
+    "eval": "export", "run": "export",
 }
 
 
@@ -9933,7 +10651,7 @@ def next_command(command: str, name: str, common: Common) -> str:
 
 def work(command: str, ctx: Context, models: Sequence[Path]) -> None:
     """The stages of a command."""
-    if command != "eval":
+    if command not in ("eval", "export"):
         say(banner(ctx), "", group_table(ctx.store), "")
     if command in ("teachers", "run"):
         run_teachers(ctx)
@@ -9943,6 +10661,8 @@ def work(command: str, ctx: Context, models: Sequence[Path]) -> None:
         run_stages(ctx)
     if command in ("eval", "run"):
         run_eval(ctx, models)
+    if command == "export":
+        run_export(ctx)
 
 
 def banner(ctx: Context) -> str:
