@@ -88,6 +88,7 @@ import traceback
 import types
 import typing
 import unittest.mock
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8667,7 +8668,9 @@ def write_models(model: Classifier, source: Source, folder: Path, ctx: Context) 
 def exporting(kind: str, arch: str) -> Iterator[None]:
     """What a library's exporter raises, in one line."""
     try:
-        yield
+        with warnings.catch_warnings():  # of the map that a SimKD student keeps as it computes
+            warnings.filterwarnings("ignore", "The tensor attribute .*last_map was assigned")
+            yield
     except Exception as error:  # without a common base
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise Problem(
