@@ -7127,7 +7127,8 @@ def terminal_summary(results: Mapping[str, Any]) -> str:
         figures = [mean_cell([member.get(key) for member in members]) for key in keys]
         rows.append([row["name"], str(len(members)), *figures, worst])
     spare = WIDTH - len(table(header, [["", *row[1:]] for row in rows]).partition("\n")[0])
-    rows = [[shorten(row[0], max(8, spare)), *row[1:]] for row in rows]
+    # `table` writes a bar in a name as two characters.
+    rows = [[shorten(row[0], max(8, spare - row[0].count("|"))), *row[1:]] for row in rows]
     texts = [
         f"{about['recipe']}: accuracy of {images:,} {about['split']} images, per cent, mean ± "
         "sample standard deviation over models",

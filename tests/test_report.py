@@ -103,7 +103,12 @@ def drawn(figure: Any, pyplot: Any) -> set[str]:
 def test_terminal_shows_at_most_a_hundred_columns(found: dict[str, Any]) -> None:
     shown = grokd.terminal_summary(found)
     assert max(map(len, shown.splitlines())) <= 100
-    assert shown.count("\n|") == len(found["rows"]) + 2
+    lines = [line for line in shown.splitlines() if line.startswith("|")][2:]
+    assert len(lines) == len(found["rows"])
+    for line, row in zip(lines, found["rows"], strict=True):
+        accuracy = np.mean([member["groups"] for member in row["members"]], 0)
+        worst = grokd.shorten(found["groups"][int(accuracy.argmin())]["name"], 24)
+        assert line.removesuffix(" |").endswith(worst.replace("|", r"\|"))
 
 
 class Page(HTMLParser):

@@ -368,11 +368,18 @@ FAULTS = [
         "if record:",
         "tests/test_trust.py -k damaged_record",
     ),
+    # Pages
+    Fault(
+        "the best group is called the worst",
+        "names[int(np.nanargmin(accuracy))]",
+        "names[int(np.nanargmax(accuracy))]",
+        "tests/test_report.py -k hundred_columns",
+    ),
     # Report
     Fault(
         "shipped by the test set",
-        '    selection = ctx.store.split("selection")\n',
-        '    selection = ctx.store.split("test")\n',
+        '    labels = ctx.store.labels[ctx.store.split("selection")]\n',
+        '    labels = ctx.store.labels[ctx.store.split("test")]\n',
         "tests/test_departure.py -k student_to_ship",
     ),
     Fault(
@@ -380,6 +387,13 @@ FAULTS = [
         "key=lambda name: (costs[name], -means[name])",
         "key=lambda name: -means[name]",
         "tests/test_departure.py -k 'shipped or ties'",
+    ),
+    # Export
+    Fault(
+        "every file answers as the network does",
+        'own["relative_delta"] <= MAX_DELTA',
+        "MAX_DELTA > 0",
+        "tests/test_export.py -k wrong_exporter",
     ),
     # Checks
     Fault(
