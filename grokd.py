@@ -5850,6 +5850,7 @@ def projected_loss(
     for key, artefact in zip(keys, artefacts, strict=True):
         seen = pooled_map(networks[key], layer, side, artefact)
     add_projector(model, side, seen, job.seed)
+    tap = Tap(model, ["projected"], side)
     heads = [network.head for network in targets.models[:count]]
     for name in ("weight", "bias"):
         mean = torch.stack([getattr(head, name) for head in heads]).mean(0)
@@ -5857,7 +5858,7 @@ def projected_loss(
     compared = replace(student, gamma=(1.0,), layers=(f"projected={layer}",))
     frozen = frozen_features(compared, targets, networks, pretrained=True)
     pair, = compared_layers(compared)
-    return simkd(pair, frozen, Tap(model, [pair.student], side).maps, samples)
+    return simkd(pair, frozen, tap.maps, samples)
 
 
 def pooled_map(network: Classifier, layer: str, side: int, artefact: Artefact) -> Tensor:

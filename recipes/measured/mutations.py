@@ -118,6 +118,13 @@ FAULTS = [
         "                weights[t] = 1\n",
         "tests/test_features.py -k own_parent",
     ),
+    # Rivals
+    Fault(
+        "dedier: the margin itself",
+        "torch.exp(beta * margins**alpha)",
+        "torch.exp(beta * margins)",
+        "tests/test_rivals.py -k by_hand",
+    ),
     # Head refitting
     Fault(
         "subsets are not balanced",
@@ -233,8 +240,8 @@ FAULTS = [
     ),
     Fault(
         "trunks that differ in normalisation share answers",
-        "description = [model.arch, dataclasses.asdict(model.input)]",
-        "description = [model.arch]",
+        "[model.arch, dataclasses.asdict(model.input)]",
+        "[model.arch]",
         "tests/test_foreign.py -k its_own_images",
     ),
     Fault(
@@ -391,7 +398,7 @@ FAULTS = [
     # Export
     Fault(
         "every file answers as the network does",
-        'own["relative_delta"] <= MAX_DELTA',
+        'file["relative_delta"] <= MAX_DELTA',
         "MAX_DELTA > 0",
         "tests/test_export.py -k wrong_exporter",
     ),
