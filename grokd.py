@@ -8060,18 +8060,25 @@ def training_curves(
     first = [choice[key] for key in ("ship", "runner_up") if choice]
     found = []
     for row in dict.fromkeys([*first, *(model.row for model in models)]):
-        histories = []
-        for path in (model.path for model in models if model.row == row):
-            file = beside(path, ".history.json")
-            if file.is_file() and (epochs := read_json(file)["epochs"]):
-                histories.append(epochs)
-        if histories and all("loss" in epoch and "wga" in epoch for e in histories for epoch in e):
+        paths = [model.path for model in models if model.row == row]
+        histories = [each for each in map(read_history, paths) if each]
+        if histories and all("wga" in epoch for epochs in histories for epoch in epochs):
             shortest = min(map(len, histories))
             found.append({"name": row} | {
                 key: np.mean([[e[key] for e in each[:shortest]] for each in histories], 0).tolist()
                 for key in ("loss", "wga")
             })
     return found[:MOST_CURVES]
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Figures of a model's epochs; none if it was not trained, or their file is damaged."""
+    file = beside(path, ".history.json")
+    try:
+        return read_json(file)["epochs"] if file.is_file() else []
+    except (Problem, KeyError):
+        say(f"warning: {file} cannot be read: its training curves are left out.")
+        return []
 
 
 def find_sheets(ctx: Context) -> list[dict[str, str]]:

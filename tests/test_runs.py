@@ -107,6 +107,14 @@ def test_report_says_what_matters_first_and_holds_its_pictures(finished: Path) -
         assert wrong
 
 
+def test_damaged_history_leaves_its_curves_out(copy: Path, command: Grokd) -> None:
+    path = copy / "runs/tiny/students/agre/seed0/model.history.json"
+    path.write_text(path.read_text()[:-9])
+    assert f"warning: {path.relative_to(copy)} cannot be read" in command(copy, "eval")
+    curves = json.loads((copy / "runs/tiny/results.json").read_text())["training"]
+    assert [len(row["loss"]) for row in curves if row["name"] == "agre"] == [2]  # of seed 1
+
+
 def test_reported_figures_are_those_of_the_saved_models(finished: Path) -> None:
     """Recomputed from the files alone, with other code."""
     from PIL import Image
