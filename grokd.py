@@ -10254,6 +10254,8 @@ def import_file(path: Path) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.resolve()))
+    writes_bytecode = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # it would hide an edit of the same second and length
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -10264,6 +10266,7 @@ def import_file(path: Path) -> types.ModuleType:
         raise Problem(f"{path}, line {line}: {type(error).__name__}: {reason}.") from error
     finally:
         sys.path.pop(0)
+        sys.dont_write_bytecode = writes_bytecode
     return module
 
 

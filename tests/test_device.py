@@ -745,7 +745,7 @@ def test_checks_that_fail_are_one_line_each_and_stop_no_other(
         ["refused", "failed", ""], ["crashed", "failed", ""], ["fine", "ok", "as it should be"],
     ]
     assert failures == [
-        "refused: no such", "crashed: its process ended without an answer",
+        "refused: no such luck", "crashed: its process ended without an answer",
     ]
     assert "Traceback" in (tmp_path / "log.txt").read_text()
 

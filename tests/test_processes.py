@@ -115,7 +115,7 @@ def test_every_stage_works_under_a_launcher(tmp_path: Path, launcher: list[str])
     folder = write_images(tmp_path / "images")
     more = ["--parallel", "data"] if launcher is TWO else []
     printed = processes(launcher, "run", "tiny.py", *more, cwd=folder)
-    assert printed.count("| deep ensemble of one-hot-dfr ") == 1  # by one process alone
+    assert printed.count("Ship this one: ") == 1  # by one process alone
     assert (folder / "runs" / "tiny" / "groups.png").stat().st_size > 10_000
 
 
