@@ -7836,7 +7836,9 @@ def headroom(
     teachers = [wga.get(teacher["name"]) for teacher in ensemble["teachers"]]
     for name in ensemble["students"]:
         student = ctx.students[name]
-        plain_average = replace(student, weighting="average", gamma=(0.0,), head="own")
+        plain_average = replace(
+            student, weighting="average", loss="kd", sample_weights="none", gamma=(0.0,), head="own"
+        )
         students = [member["wga"] for member in rows.get(name, [])]
         present = [each for each in teachers if each is not None]
         if student == plain_average and students and len(present) == len(teachers):
