@@ -5206,7 +5206,9 @@ class Training:
         if "wga" in entry:
             shown["WGA"] = f"{entry['wga']:.1f}"
         self.bar.set_postfix(shown, refresh=False)
-        if self.runtime.rank == 0 and time.monotonic() - self.told > self.LINE_SECONDS:
+        goes_on = entry["epoch"] < self.job.num_epochs  # else another line follows at once
+        late = time.monotonic() - self.told > self.LINE_SECONDS
+        if self.runtime.rank == 0 and goes_on and late:
             self.told = time.monotonic()
             self.bar.write(self._line(entry, shown))
             sys.stdout.flush()
