@@ -480,11 +480,12 @@ class Distill:
         Literal["none", "jtt", "dedier", "group-dro"], TAUGHT, Mark.ADDED
     ] = "none"
     # jtt: the factor. Published for labels: 100 (Waterbirds), 50 (CelebA, DeTT). Soft targets ask
-    # for less: try 5 to 20 (ours). Lower lr if the loss jumps: the step grows with it.
+    # for less: try 5 to 20 (ours). Lower lr if the loss jumps or stays high: steps grow with it.
     upweight: Annotated[NotNegative, When(sample_weights="jtt"), Mark.CURVE] = 20.0
-    # dedier: alpha and beta of exp(beta margin^alpha). Published, at tau 3: .05 and 4 (Waterbirds),
-    # .1 and 3.5 (CelebA).
+    # dedier: alpha of exp(beta margin^alpha). Published: .05 (Waterbirds), .1 (CelebA).
     readout_alpha: Annotated[NotNegative, When(sample_weights="dedier"), Mark.CURVE] = 0.05
+    # dedier: beta. Published, at tau 3: 4 (Waterbirds), 3.5 (CelebA). As for upweight: lower lr, or
+    # this, if the loss stays high.
     readout_beta: Annotated[NotNegative, When(sample_weights="dedier"), Mark.CURVE] = 4.0
     # group-dro: step size eta of the groups' shares. Raise it if the worst group stays behind.
     dro_step: Annotated[NotNegative, When(sample_weights="group-dro"), Mark.CURVE] = 0.01
