@@ -101,10 +101,15 @@ def test_report_says_what_matters_first_and_holds_its_pictures(finished: Path) -
     assert sizes["teachers, ERM", "resnet8"]["parameters"] == 77_522
     assert sizes["teachers, ERM", "cnn2"]["models"] == ["teachers/0/erm"]
     assert sizes["agre", "cnn2"]["models"] == [f"students/agre/seed{s}/model" for s in (0, 1)]
-    if found["mistakes"]:
-        assert (out / "mistakes.png").is_file() and "mistakes.png" in report
-        wrong = {i for group in found["mistakes"]["groups"] for i in group["images"]}
-        assert wrong
+    assert (out / "mistakes.png").is_file() and "mistakes.png" in report
+    plain, = (row["members"][0]["groups"] for row in found["rows"] if row["name"] == "one-hot")
+    sizes_of = {group["name"]: group["images"] for group in found["groups"]}
+    wrong = {name: round(size * (1 - accuracy / 100))
+             for (name, size), accuracy in zip(sizes_of.items(), plain, strict=True)}
+    shown = {group["name"]: group["images"] for group in found["mistakes"]["groups"]}
+    assert {name: len(images) for name, images in shown.items()} == {
+        name: min(3, count) for name, count in wrong.items() if count}
+    assert [wrong[name] for name in shown] == sorted((wrong[n] for n in shown), reverse=True)
 
 
 def test_damaged_history_leaves_its_curves_out(copy: Path, command: Grokd) -> None:
