@@ -8099,29 +8099,27 @@ def find_sheets(ctx: Context) -> list[dict[str, str]]:
 # Where students look
 
 
-def map_module(model: Classifier, side: int) -> str:
-    """Path of the module whose output the head reads, meaned over positions or over the cells of a
-    grid; empty if there is none, as where a norm stands between, or in transformers."""
+def last_map(model: Classifier, images: Tensor) -> Tensor | None:
+    """The map [B, d, h, w] that the head reads, meaned over positions or over the cells of a grid;
+    None if there is none, as where a norm stands between, or in transformers."""
     outputs: dict[str, Tensor] = {}
 
     def keep(path: str) -> Callable[[nn.Module, Any, Any], None]:
         return lambda module, inputs, output: outputs.update({path: output})
 
     hooks = [module.register_forward_hook(keep(path)) for path, module in model.named_modules()]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, side, side, generator=generator).to(model.mean)
     with torch.no_grad():
         features = model.features(images)
     for hook in hooks:
         hook.remove()
-    found, largest = "", 1
-    for path, output in outputs.items():
+    found, largest = None, 1
+    for output in outputs.values():
         if isinstance(output, Tensor) and output.ndim == 4 and output.shape[-1] > largest:
             grid = math.isqrt(features.shape[1] // output.shape[1])
             if grid and output.shape[-1] % grid == 0 and output.shape[-2] == output.shape[-1]:
                 pooled = F.adaptive_avg_pool2d(output, grid).flatten(1)
                 if pooled.shape == features.shape and torch.allclose(pooled, features, atol=1e-5):
-                    found, largest = path, output.shape[-1]
+                    found, largest = output, output.shape[-1]
     return found
 
 
@@ -8130,17 +8128,9 @@ def class_maps(model: Classifier, images: Tensor) -> Tensor | None:
     feature map adds to the logits, less the mean over classes, which changes no probability (ours).
     Their sum over positions is the logits without bias, so centred. None where the head reads
     something else."""
-    path = map_module(model, images.shape[-1])
-    if not path:
+    features, weight = last_map(model, images), model.head.weight.detach()
+    if features is None:
         return None
-    kept: list[Tensor] = []
-    hook = model.get_submodule(path).register_forward_hook(
-        lambda module, inputs, output: kept.append(output)
-    )
-    with torch.no_grad():
-        model.features(images)
-    hook.remove()
-    features, weight = kept[-1], model.head.weight.detach()  # a module may be called twice
     grid = math.isqrt(weight.shape[1] // features.shape[1])
     times = features.shape[-1] // grid
     cells = (weight - weight.mean(0)).unflatten(1, (-1, grid, grid)) / times**2
@@ -8157,7 +8147,10 @@ def show_mistakes(
 ) -> dict[str, Any]:
     """The images of every group that a plain student is surest about and gets wrong; draws where it
     and the recommended student look in them. Empty without students or without mistakes."""
-    by_row = {model.row: model for model in reversed(models) if model.row in ctx.students}
+    by_row: dict[str, Scored] = {}
+    for model in models:
+        if model.row in ctx.students:
+            by_row.setdefault(model.row, model)
     if not by_row:
         return {}
     plain = plain_student(by_row, ctx)
