@@ -502,6 +502,9 @@ class Distill:
     shrink: Annotated[
         Share, When(weighting="agre", feature_weights="agre"), Mark.CURVE
     ] = 0.0
+    # departure: a teacher of less than this share of the greatest merit does not count (ours; see
+    # measure_departures). Raise it if biased teachers are kept, lower it if good ones are not.
+    least_merit: Annotated[Share, When(weighting=("departure", callable)), Mark.CURVE] = 0.2
     # Weighted mean of losses (for this loss: of softened probabilities), or loss to the weighted
     # mean of logits.
     combine: Annotated[Literal["losses", "logits"], TAUGHT, KD] = "losses"
@@ -1127,14 +1130,14 @@ def skill_of(predicted: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure_departures(
-    blocks: Iterator[tuple[Tensor, Tensor, Tensor]], skill: Tensor
+    blocks: Iterator[tuple[Tensor, Tensor, Tensor]], skill: Tensor, least_merit: float
 ) -> Departures:
     """Departure of teachers from the biased model, over blocks of logits and labels (ours).
 
     A block: teachers [M, b, C], biased [b, C], labels [b]. A teacher's merit is the mean of
     |softmax(z_t) - softmax(z_b)|^2 at temperature 1, counted where its argmax is the label, times
     its skill [M]; so that one who is merely wrong, or unsure of everything, gains nothing. Teachers
-    of under a tenth of the greatest merit are left out, the others count alike.
+    of less than the share `least_merit` of the greatest merit are left out, the others count alike.
     """
     distance = counted = disputed = disputes = hits = torch.zeros(())
     total = 0
@@ -1151,7 +1154,7 @@ def measure_departures(
         hits = hits + right.sum(1)
         total += len(labels)
     merit = counted / total * skill.to(counted)
-    kept = (merit >= 0.1 * merit.max()).double()
+    kept = (merit >= least_merit * merit.max()).double()
     shares = kept / kept.sum()
     return Departures(distance / total, disputed / disputes, hits / total, skill, merit, shares)
 
@@ -4266,7 +4269,7 @@ class Targets:
             return teachers, biased.mean(0)
         return teachers, biased[0] if len(biased) else None
 
-    def measure(self) -> Departures:
+    def measure(self, least_merit: float) -> Departures:
         """The teachers' departures from the biased model, over the first view of the training
         images, and their skill on the selection part of validation (all of it where no part is
         left)."""
@@ -4284,7 +4287,7 @@ class Targets:
                 of_block = labels[self.indices[positions]]
                 yield teachers, biased, upload(of_block, teachers.device)
 
-        return measure_departures(blocks(), skill)
+        return measure_departures(blocks(), skill, least_merit)
 
     def wrong(self) -> Tensor:
         """Which images [N] the biased model gets wrong, by its answers to the first view of the
@@ -5634,7 +5637,7 @@ def student_job(job: Job, ctx: Context, runtime: Runtime) -> Job:
     if student.has_teachers:
         targets = frozen_targets(student, job.store, ctx, runtime)
         if student.has_departures:
-            targets.departures = targets.measure()
+            targets.departures = targets.measure(student.least_merit)
         samples = sample_weights(job, targets, runtime) if student.weighs_samples else None
         if student.loss == "simkd":
             job.losses = projected_loss(job, targets, samples, ctx)
@@ -5672,13 +5675,13 @@ def teacher_rows(ctx: Context, student: Distill) -> list[dict[str, Any]]:
     """Each of a student's teachers with its departure from the biased model, on training images.
 
     All processes take part. A teacher that `departure` leaves out is called biased if it departs by
-    under a tenth of what the one kept that departs most does (ours).
+    under `least_merit` times what the one kept that departs most does (ours).
     """
     compared = replace(student, weighting="departure", gamma=(0.0,))
     targets = frozen_targets(compared, ctx.store, ctx, ctx.runtime.together())
-    found = targets.measure()
+    found = targets.measure(student.least_merit)
     farthest = found.distance[found.weights > 0].max()
-    biased = (found.weights == 0) & (found.distance < 0.1 * farthest)
+    biased = (found.weights == 0) & (found.distance < student.least_merit * farthest)
     rows = []
     for i, artefact in enumerate(ctx.ensemble(student)):
         disputed = float(found.disputed[i])
@@ -5715,7 +5718,8 @@ def describe_ensembles(ctx: Context) -> list[dict[str, Any]]:
     """For each ensemble the students that learn from it, and its teachers, if all there is."""
     described = []
     for names in ensembles_of(ctx).values():
-        student = ctx.students[names[0]]
+        students = [ctx.students[name] for name in names]
+        student = next((each for each in students if each.has_departures), students[0])
         needed = ctx.ensemble(student) + ctx.biased()
         if all_finished(needed, ctx):
             described.append({"students": names, "teachers": teacher_rows(ctx, student)})
@@ -8311,7 +8315,7 @@ def finished_weights(model: Scored, frozen: Tensor, ctx: Context) -> Tensor:
     departures = None
     if student.has_departures:
         targets = frozen_targets(student, store, ctx, ctx.runtime.together())
-        departures = targets.measure()
+        departures = targets.measure(student.least_merit)
     biased = frozen[count:].mean(0) if len(frozen) > count else None
     network = load_model(model.path, device, store).requires_grad_(True)
     weighting: Any = student.weighting
