@@ -1195,21 +1195,47 @@ def ae_kd_weights(
     """AE-KD's weights [M]: min |sum_t alpha_t g_t|^2, sum alpha = 1, 0 <= alpha <= .6 (Du 2020).
 
     g_t is the batch's mean gradient of l_t with respect to the logits, over all processes (student
-    [B, C], teachers [M, B, C], `mean` as for batch_weights). As in the authors' code, by a
-    one-class SVM on the Gram matrix, nu = 1 / (.6 M); scaling the matrix to unit trace and adding
-    1e-6 to its diagonal is ours: the solver else stops at its start once gradients shrink.
+    [B, C], teachers [M, B, C], `mean` as for batch_weights). The authors' code solves it by a
+    one-class SVM on the Gram matrix, which stops at its start once gradients are small and needs
+    millions of steps where several mixtures are near 0: `least_norm_weights`, the matrix scaled to
+    unit trace, and 1e-6 on its diagonal are ours.
     """
-    from sklearn.svm import OneClassSVM
-
     gradients = mean(tau * logit_gradients(student, teachers, tau).sum(1))  # [M, C]
     gram, count = (gradients @ gradients.T).cpu().numpy(), len(teachers)
     if count * 0.6 <= 1 or not np.trace(gram) > 0:
         return torch.full((count,), 1 / count, dtype=torch.float64, device=student.device)
-    gram = gram / np.trace(gram) + 1e-6 * np.eye(count)
-    svm = OneClassSVM(kernel="precomputed", nu=1 / (0.6 * count), tol=1e-12).fit(gram)
-    alpha = np.zeros(count)
-    alpha[svm.support_] = svm.dual_coef_[0]
-    return torch.from_numpy(alpha / alpha.sum()).to(student.device)
+    alpha = least_norm_weights(gram / np.trace(gram) + 1e-6 * np.eye(count), 0.6)
+    return torch.from_numpy(alpha).to(student.device)
+
+
+def least_norm_weights(gram: np.ndarray, most: float) -> np.ndarray:
+    """argmin of a G a over sum a = 1, 0 <= a <= most, of a positive definite G [M, M].
+
+    A primal active-set method (Nocedal and Wright 2006, Algorithm 16.3): some weights stand at a
+    bound, the free ones go to their minimum or to the first bound on the way.
+    """
+    count = len(gram)
+    weights, free = np.full(count, 1 / count), np.full(count, True)
+    for _ in range(20 * count):  # it ends after about M rounds; rounding cannot make it go round
+        fixed = gram[np.ix_(free, ~free)] @ weights[~free]
+        ones = np.ones(free.sum())
+        u, v = np.linalg.solve(gram[np.ix_(free, free)], np.stack([ones, fixed], 1)).T
+        multiplier = (1 - weights[~free].sum() + v.sum()) / u.sum()
+        step = multiplier * u - v - weights[free]
+        room = np.where(step > 0, most - weights[free], weights[free])
+        reach = np.divide(room, np.abs(step), out=np.full(len(step), np.inf), where=step != 0)
+        first = reach.argmin()
+        weights[free] += min(1, reach[first]) * step
+        if reach[first] < 1:
+            blocked = np.flatnonzero(free)[first]
+            weights[blocked], free[blocked] = most if step[first] > 0 else 0, False
+            continue
+        pull = gram @ weights - multiplier  # falling below 0 at weight 0, above it at `most`
+        gain = np.where(free, 0, np.where(weights > 0, pull, -pull))
+        if gain.max() <= 1e-12:
+            break
+        free[gain.argmax()] = True
+    return weights
 
 
 def eb_kd(student: Tensor, ensemble: Ensemble, batch: Batch) -> Tensor:

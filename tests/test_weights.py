@@ -344,6 +344,25 @@ def test_ae_kd_solves_its_quadratic_programme(classes: int, count: int, scale: f
         assert alpha.max() - alpha.min() > 0.05  # it is not simply uniform
 
 
+@given(st.data())
+def test_weights_of_least_norm_meet_the_optimality_conditions(data: st.DataObject) -> None:
+    count, rank = data.draw(st.integers(2, 12)), data.draw(st.integers(1, 12))
+    number = st.sampled_from([-1.0, -0.5, -0.1, 0.0, 1e-9, 0.1, 0.5, 1.0]) | st.floats(-1, 1)
+    rows = data.draw(st.lists(
+        st.lists(number, min_size=rank, max_size=rank), min_size=count, max_size=count))
+    vectors = np.array(rows)
+    gram = vectors @ vectors.T / max(np.square(vectors).sum(), 1e-30) + 1e-6 * np.eye(count)
+    weights = grokd.least_norm_weights(gram, 0.6)
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    assert 0 <= weights.min()
+    assert weights.max() <= 0.6 + 1e-12
+    pull = gram @ weights
+    inner = pull[(weights > 1e-9) & (weights < 0.6 - 1e-9)]
+    assert np.ptp(inner) < 1e-9  # alike where a weight could go both ways,
+    assert pull[weights < 1e-9].min(initial=inner.min()) > inner.max() - 1e-9  # more at 0,
+    assert pull[weights > 0.6 - 1e-9].max(initial=inner.max()) < inner.min() + 1e-9  # less at .6
+
+
 def test_ae_kd_of_one_teacher_or_without_gradients_is_uniform() -> None:
     student = torch.randn(4, 3)
     assert grokd.ae_kd_weights(student, student[None] + 1, TAU, lambda g: g / 4).tolist() == [1.0]
