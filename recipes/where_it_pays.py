@@ -21,8 +21,8 @@ was chosen among them by the selection part, with other seeds than the table's:
     python recipes/measured/ensembles.py where_it_pays:rules --seeds 100 110 120 \
         --save recipes/measured/where_it_pays_rules.json
 
-`where_it_pays:colored_mnist` is the same on coloured MNIST, 98 % aligned, with three shares, and
-without CA-MKD and AE-KD, which there takes three times as long as the others; it wants --root.
+`where_it_pays:colored_mnist` is the same on coloured MNIST, 98 % aligned, with three shares; it
+wants --root.
 """
 
 from dataclasses import replace
@@ -58,9 +58,7 @@ def then_agre(student: torch.Tensor, ensemble: Ensemble, batch: Batch) -> torch.
     return kept[:, None] * (0.5 * agre + 0.5)
 
 
-def students(
-    student: Distill, shares: tuple[float, ...], without: tuple[str, ...] = ()
-) -> dict[str, Distill]:
+def students(student: Distill, shares: tuple[float, ...]) -> dict[str, Distill]:
     """One-hot, and every weighting with every share of refitted teachers; under both heads."""
     weightings = {
         "average": replace(student, weighting="average"),
@@ -73,8 +71,6 @@ def students(
     plain = {"one-hot": replace(student, weighting="one-hot")}
     for share in shares:
         for name, weighted in weightings.items():
-            if name in without:
-                continue
             plain[f"{name}-{share}"] = replace(weighted, dfr_share=share)
     refitted = {f"{name}-dfr": replace(each, head="dfr") for name, each in plain.items()}
     return plain | refitted
@@ -109,9 +105,7 @@ recipes = {
     "bad-teacher": replace(recipe, students=students(digits.students["agre"], (1.0,))),
     "colored_mnist": replace(
         colored_mnist,
-        students=students(
-            colored_mnist.students["agre"], (0.0, 0.4, 1.0), without=("ca-mkd", "ae-kd")
-        ),
+        students=students(colored_mnist.students["agre"], (0.0, 0.4, 1.0)),
         eval=Eval(baseline="average-1.0"),
     ),
 }

@@ -354,7 +354,7 @@ def test_weights_of_least_norm_meet_the_optimality_conditions(data: st.DataObjec
     gram = vectors @ vectors.T / max(np.square(vectors).sum(), 1e-30) + 1e-6 * np.eye(count)
     weights = grokd.least_norm_weights(gram, 0.6)
     assert weights.sum() == pytest.approx(1, abs=1e-12)
-    assert 0 <= weights.min()
+    assert weights.min() >= 0
     assert weights.max() <= 0.6 + 1e-12
     pull = gram @ weights
     inner = pull[(weights > 1e-9) & (weights < 0.6 - 1e-9)]
