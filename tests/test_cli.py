@@ -131,6 +131,9 @@ VALUES = [
     ("lr=0.01", "lr=float('nan')", r"lr = nan: must be a number"),
     ("seeds=(0, 1)", "seeds=[0, 1]", r"seeds = \[0, 1\]: must be a tuple of a whole number"),
     ("seeds=(0, 1)", "seeds=(0, -1)", r"seeds\[1\] = -1: must be a whole number at least 0"),
+    ("size=20", "size=20, reweighting=1.5", r"reweighting = 1.5: must be .* at most 1"),
+    ("student = Distill(", "import grokd\nstudent = Distill("
+     "input=grokd.Input(mean=(0.5, float('nan'), 0.5)), ", r"mean\[1\] = nan: must be a number"),
     ('"one-hot",', '"onehot",', r"weighting = 'onehot': must be one of agre, departure"),
     ('"agre": student', '"a/b": student', r"student 'a/b': letters, digits"),
     ('"agre": student', '"agre": 3', r"students\['agre'\] = 3: must be Distill"),

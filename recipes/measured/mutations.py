@@ -400,7 +400,7 @@ FAULTS = [
         "every file answers as the network does",
         'file["relative_delta"] <= MAX_DELTA',
         "MAX_DELTA > 0",
-        "tests/test_export.py -k wrong_exporter",
+        "tests/test_export.py -k 'wrong_exporter or files_of_floats'",
     ),
     # Checks
     Fault(
@@ -413,7 +413,7 @@ FAULTS = [
         "NaN is a number",
         "return type(value) in (int, float) and not math.isnan(value)",
         "return type(value) in (int, float)",
-        "tests/test_trust.py -k any_value",
+        "tests/test_cli.py -k mistaken_recipes",
     ),
     # Dry run
     Fault(

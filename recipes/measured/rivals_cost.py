@@ -73,11 +73,11 @@ def against(commit: str, rounds: int = 7) -> tuple[list[str], list[list[str]]]:
         spent: list[list[float]] = [[], []]
         for _ in range(rounds):
             for program, times in zip(programs, spent, strict=True):
-                line = subprocess.run(
+                printed = subprocess.run(
                     [sys.executable, str(program), "digits", "--only", "average"],
                     cwd=program.parents[2], capture_output=True, text=True, check=True,
                 ).stdout
-                times.append(float(line))
+                times.append(float(printed.splitlines()[-1]))
     ratios = sorted(new / old for new, old in zip(*spent, strict=True))
     row = [commit, f"{statistics.median(ratios):.3f}", f"{ratios[0]:.3f} to {ratios[-1]:.3f}"]
     return ["AVER's epoch, over that of commit", "median", f"{rounds} pairs of processes"], [row]
