@@ -47,7 +47,8 @@ def epochs(recipe_name: str, root: str, only: str) -> tuple[dict[str, float], di
             if only in ("", name) and (student.head == "own" or not student.has_teachers):
                 pace, count = plan.student_pace(name), len(store.split("train"))
                 steps = math.ceil(count / student.train.batch_size)
-                seconds[name] = steps * pace.step + pace.epoch + count * pace.review
+                review = getattr(pace, "review", 0)  # code before DeDiER has none
+                seconds[name] = steps * pace.step + pace.epoch + count * review
                 before[name] = len(grokd.networks_behind(ctx.student(name, recipe.seeds[0])))
     return seconds, before
 
