@@ -3,10 +3,12 @@
     python recipes/measured/ensembles.py where_it_pays --seeds 200 210 220 230 240 \\
         --save recipes/measured/where_it_pays.json
     python recipes/measured/gains.py summary
+    python recipes/measured/gains.py two-of-five
     python recipes/measured/gains.py bad-teacher
 
 `summary` writes tables of WGA and of paired differences with 95 % intervals (Student's t), and a
-figure of the gain over AVER against the headroom, one point an ensemble. `bad-teacher` copies the
+figure of the gain over AVER against the headroom, one point an ensemble; `two-of-five` writes the
+differences of its recipe. `bad-teacher` copies the
 teachers of those runs, puts a network of random weights, or one trained on shuffled labels, in the
 place of the last one's, trains students from them, and writes a table.
 """
@@ -16,6 +18,7 @@ import copy
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +107,19 @@ def table_of_wga(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def table_of_differences(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+PAIRS = (("departure", "average"), ("departure", "agre"), ("agre", "average"),
+         ("agre-shrink0.5", "average"), ("departure", "agre-shrink0.5"))
+
+
+def table_of_differences(
+    results: dict[str, Any], pairs: Sequence[tuple[str, str]], shares: Sequence[float]
+) -> tuple[list[str], list[list[str]]]:
     """Paired differences between weightings, own heads."""
     wga, rows = wga_of(results), []
-    for a, b in (("departure", "average"), ("departure", "agre"), ("agre", "average"),
-                 ("agre-shrink0.5", "average"), ("departure", "agre-shrink0.5")):
-        cells = [interval(wga[f"{a}-{share}"] - wga[f"{b}-{share}"]) for share in SHARES]
+    for a, b in pairs:
+        cells = [interval(wga[f"{a}-{share}"] - wga[f"{b}-{share}"]) for share in shares]
         rows.append([f"{NAMES[a]} − {NAMES[b]}", *cells])
-    return ["WGA, mean [95 % interval]", *(f"{share:g}" for share in SHARES)], rows
+    return ["WGA, mean [95 % interval]", *(f"{share:g}" for share in shares)], rows
 
 
 def draw_gain(results: dict[str, Any]) -> bytes:
@@ -148,8 +156,14 @@ def summary() -> None:
     results = json.loads((HERE / "where_it_pays.json").read_text())
     about = results["about"]  # the runs' own: their command, date and commit
     write("where_it_pays_wga", about, *table_of_wga(results))
-    write("where_it_pays_differences", about, *table_of_differences(results))
+    write("where_it_pays_differences", about, *table_of_differences(results, PAIRS, SHARES))
     (HERE / "where_it_pays_gain.png").write_bytes(draw_gain(results))
+
+
+def two_of_five() -> None:
+    results = json.loads((HERE / "where_it_pays_two_of_five.json").read_text())
+    name = "where_it_pays_two_of_five_differences"
+    write(name, results["about"], *table_of_differences(results, PAIRS[:3], [0.4]))
 
 
 def spoil(out: Path, kind: str, seed: int) -> None:
@@ -208,11 +222,13 @@ def bad_teacher(seeds: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("summary", "bad-teacher"))
+    parser.add_argument("what", choices=("summary", "two-of-five", "bad-teacher"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 210, 220, 230, 240])
     args = parser.parse_args()
     if args.what == "summary":
         summary()
+    elif args.what == "two-of-five":
+        two_of_five()
     else:
         bad_teacher(args.seeds)
 
