@@ -3682,8 +3682,14 @@ def build_model(
                 f"{weights} has no head for {num_classes} classes, and {as_it_is} as it is: name a "
                 "file with such a head, or train it (epochs)."
             )
-        say(f"warning: {weights} has no head for {num_classes} classes: {arch}'s is random")
+        warn_of_head(Path(weights).absolute(), weights, num_classes, arch)
     return model
+
+
+@functools.cache
+def warn_of_head(path: Path, weights: str, num_classes: int, arch: str) -> None:
+    """Once a process: several networks may begin with a file's weights."""
+    say(f"warning: {weights} has no head for {num_classes} classes: {arch}'s is random")
 
 
 def without_prefix(
@@ -5403,8 +5409,9 @@ def train_network(
     if runtime.rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"{job.artefact.name}: {model.arch}, {count:,} parameters, {job.train.epochs} epochs "
-            f"of {len(job.store.split('train')):,} images, {job.train.batch_size} a step",
+            f"{job.artefact.name}: {model.arch}, {count:,} parameters, {job.train.epochs} "
+            f"epoch{'s' * (job.train.epochs != 1)} of {len(job.store.split('train')):,} images, "
+            f"{job.train.batch_size} a step",
             flush=True,
         )
     began = time.monotonic()

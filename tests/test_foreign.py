@@ -80,6 +80,8 @@ def test_what_lies_beside_the_network_is_named(
     told = capsys.readouterr().out
     assert "left out is what is not under backbone. (head.fc.weight, loss.weight)" in told
     assert "a.pth has no head for 2 classes: resnet18's is random" in told
+    build(file)
+    assert "has no head" not in capsys.readouterr().out  # once is enough
 
 
 @pytest.mark.parametrize("head", ["other classes", "none", "of several layers"])
