@@ -502,9 +502,11 @@ class Distill:
     shrink: Annotated[
         Share, When(weighting="agre", feature_weights="agre"), Mark.CURVE
     ] = 0.0
-    # departure: a teacher of less than this share of the greatest merit does not count (ours; see
-    # measure_departures). Raise it if biased teachers are kept, lower it if good ones are not.
-    least_merit: Annotated[Share, When(weighting=("departure", callable)), Mark.CURVE] = 0.2
+    # departure: teachers below the first gap in merit of more than this factor do not count (ours;
+    # see measure_departures). Lower it if biased teachers are kept, raise it if good ones are not.
+    merit_gap: Annotated[
+        float, Range(1), When(weighting=("departure", callable)), Mark.CURVE
+    ] = 4.0
     # Weighted mean of losses (for this loss: of softened probabilities), or loss to the weighted
     # mean of logits.
     combine: Annotated[Literal["losses", "logits"], TAUGHT, KD] = "losses"
@@ -1130,14 +1132,15 @@ def skill_of(predicted: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure_departures(
-    blocks: Iterator[tuple[Tensor, Tensor, Tensor]], skill: Tensor, least_merit: float
+    blocks: Iterator[tuple[Tensor, Tensor, Tensor]], skill: Tensor, merit_gap: float
 ) -> Departures:
     """Departure of teachers from the biased model, over blocks of logits and labels (ours).
 
     A block: teachers [M, b, C], biased [b, C], labels [b]. A teacher's merit is the mean of
     |softmax(z_t) - softmax(z_b)|^2 at temperature 1, counted where its argmax is the label, times
-    its skill [M]; so that one who is merely wrong, or unsure of everything, gains nothing. Teachers
-    of less than the share `least_merit` of the greatest merit are left out, the others count alike.
+    its skill [M]; so that one who is merely wrong, or unsure of everything, gains nothing. From the
+    greatest merit downwards, teachers count alike until the next merit is more than `merit_gap`
+    times smaller; it and those below are left out.
     """
     distance = counted = disputed = disputes = hits = torch.zeros(())
     total = 0
@@ -1154,8 +1157,11 @@ def measure_departures(
         hits = hits + right.sum(1)
         total += len(labels)
     merit = counted / total * skill.to(counted)
-    kept = (merit >= least_merit * merit.max()).double()
-    shares = kept / kept.sum()
+    order = merit.argsort(descending=True)
+    falls = merit[order][1:] * merit_gap < merit[order][:-1]
+    shares = torch.zeros_like(merit)
+    kept = order[: 1 + int(falls.logical_not().cumprod(0).sum())]
+    shares[kept] = 1 / len(kept)
     return Departures(distance / total, disputed / disputes, hits / total, skill, merit, shares)
 
 
@@ -4301,7 +4307,7 @@ class Targets:
             return teachers, biased.mean(0)
         return teachers, biased[0] if len(biased) else None
 
-    def measure(self, least_merit: float) -> Departures:
+    def measure(self, merit_gap: float) -> Departures:
         """The teachers' departures from the biased model, over the first view of the training
         images, and their skill on the selection part of validation (all of it where no part is
         left)."""
@@ -4319,7 +4325,7 @@ class Targets:
                 of_block = labels[self.indices[positions]]
                 yield teachers, biased, upload(of_block, teachers.device)
 
-        return measure_departures(blocks(), skill, least_merit)
+        return measure_departures(blocks(), skill, merit_gap)
 
     def wrong(self) -> Tensor:
         """Which images [N] the biased model gets wrong, by its answers to the first view of the
@@ -5670,7 +5676,7 @@ def student_job(job: Job, ctx: Context, runtime: Runtime) -> Job:
     if student.has_teachers:
         targets = frozen_targets(student, job.store, ctx, runtime)
         if student.has_departures:
-            targets.departures = targets.measure(student.least_merit)
+            targets.departures = targets.measure(student.merit_gap)
         samples = sample_weights(job, targets, runtime) if student.weighs_samples else None
         if student.loss == "simkd":
             job.losses = projected_loss(job, targets, samples, ctx)
@@ -5708,13 +5714,13 @@ def teacher_rows(ctx: Context, student: Distill) -> list[dict[str, Any]]:
     """Each of a student's teachers with its departure from the biased model, on training images.
 
     All processes take part. A teacher that `departure` leaves out is called biased if it departs by
-    under `least_merit` times what the one kept that departs most does (ours).
+    less than every one that is kept (ours).
     """
     compared = replace(student, weighting="departure", gamma=(0.0,))
     targets = frozen_targets(compared, ctx.store, ctx, ctx.runtime.together())
-    found = targets.measure(student.least_merit)
-    farthest = found.distance[found.weights > 0].max()
-    biased = (found.weights == 0) & (found.distance < student.least_merit * farthest)
+    found = targets.measure(student.merit_gap)
+    kept = found.weights > 0
+    biased = ~kept & (found.distance < found.distance[kept].min())
     rows = []
     for i, artefact in enumerate(ctx.ensemble(student)):
         disputed = float(found.disputed[i])
@@ -8348,7 +8354,7 @@ def finished_weights(model: Scored, frozen: Tensor, ctx: Context) -> Tensor:
     departures = None
     if student.has_departures:
         targets = frozen_targets(student, store, ctx, ctx.runtime.together())
-        departures = targets.measure(student.least_merit)
+        departures = targets.measure(student.merit_gap)
     biased = frozen[count:].mean(0) if len(frozen) > count else None
     network = load_model(model.path, device, store).requires_grad_(True)
     weighting: Any = student.weighting

@@ -22,12 +22,12 @@ from grokd import Classifier, Departures, Problem, Runtime, Store, Targets
 
 def measured(
     teachers: Tensor, biased: Tensor, labels: Tensor, skill: Tensor, size: int = 1000,
-    least_merit: float = 0.2,
+    merit_gap: float = 4.0,
 ) -> Departures:
     parts = range(0, len(labels), size)
     return grokd.measure_departures(
         ((teachers[:, i : i + size], biased[i : i + size], labels[i : i + size]) for i in parts),
-        skill, least_merit)
+        skill, merit_gap)
 
 
 @pytest.mark.parametrize("classes", [2, 10])
@@ -55,7 +55,7 @@ def test_departure_equals_the_slow_formula(classes: int) -> None:
         assert float(ours.distance[t]) == pytest.approx(sum(gaps) / 50)
         if disputed:
             assert float(ours.disputed[t]) == pytest.approx(sum(disputed) / len(disputed))
-    kept = [merit >= 0.2 * max(merits) for merit in merits]
+    kept = above_the_gap(merits, 4.0)
     assert kept[0] and not kept[1] and not kept[4]
     assert ours.merit.tolist() == pytest.approx(merits)
     assert ours.weights.tolist() == pytest.approx([each / sum(kept) for each in kept])
@@ -81,17 +81,32 @@ def test_skill_is_recall_above_chance(data: st.DataObject) -> None:
     assert skill.tolist() == pytest.approx([max(0, expected), 1])
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0, 1))
-def test_least_merit_is_a_share_of_the_greatest(skills: list[float], least: float) -> None:
+def above_the_gap(merits: Sequence[float], gap: float) -> list[bool]:
+    """Which teachers count, slowly."""
+    kept, last = [False] * len(merits), max(merits)
+    for merit, teacher in sorted(((m, t) for t, m in enumerate(merits)), reverse=True):
+        if merit * gap < last:
+            break
+        kept[teacher], last = True, merit
+    return kept
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(1, 20))
+def test_teachers_below_a_gap_in_merit_do_not_count(skills: list[float], gap: float) -> None:
     biased, labels = torch.zeros(6, 2), torch.arange(6) % 2
     right = 5 * torch.nn.functional.one_hot(labels, 2).float()
     same = right.expand(len(skills), 6, 2)  # so that merit is in proportion to skill
-    found = measured(same, biased, labels, torch.tensor(skills).double(), least_merit=least)
-    kept = [merit >= least * max(found.merit) for merit in found.merit]
-    assert [weight > 0 for weight in found.weights] == kept
-    assert len({*found.weights[found.weights > 0].tolist()}) == 1
-    all_of_them = measured(same, biased, labels, torch.tensor(skills).double(), least_merit=0)
-    assert all_of_them.weights.tolist() == pytest.approx([1 / len(skills)] * len(skills))
+    found = measured(same, biased, labels, torch.tensor(skills).double(), merit_gap=gap)
+    kept = above_the_gap(found.merit.tolist(), gap)
+    assert found.weights.tolist() == [each / sum(kept) for each in kept]
+
+
+def test_neither_a_good_nor_a_useless_teacher_moves_the_gap_between_the_others() -> None:
+    biased, labels = torch.zeros(6, 2), torch.arange(6) % 2
+    same = 5 * torch.nn.functional.one_hot(labels, 2).float().expand(6, 6, 2)
+    skills = torch.tensor([0.9, 0.3, 0.1, 0.02, 0.01, 0.0]).double()
+    found = measured(same, biased, labels, skills)
+    assert found.weights.tolist() == pytest.approx([1 / 3] * 3 + [0] * 3)
 
 
 def test_teachers_that_are_the_biased_model_count_alike() -> None:
@@ -138,12 +153,12 @@ def test_bad_teachers_and_biased_ones_are_left_out(
     ensemble: tuple[Store, Runtime, list[Classifier]]
 ) -> None:
     store, runtime, models = ensemble
-    found = Targets(models, 5, store, {"of": "five"}, runtime, 0).measure(0.2)
+    found = Targets(models, 5, store, {"of": "five"}, runtime, 0).measure(4.0)
     assert min(found.distance[3:]) > max(found.distance[:3])  # their answers are far from b's
     assert found.weights.tolist() == pytest.approx([1 / 3] * 3 + [0, 0])
     plain = digits_model(store, store.labels[store.split("train")], 6, 10)  # as biased as it
     mixed = Targets([*models[:2], plain, models[5]], 3, store, {"of": "three"}, runtime, 0)
-    assert mixed.measure(0.2).weights.tolist() == [0.5, 0.5, 0]
+    assert mixed.measure(4.0).weights.tolist() == [0.5, 0.5, 0]
 
 
 def test_cached_departure_is_that_of_the_networks_themselves(
@@ -151,7 +166,7 @@ def test_cached_departure_is_that_of_the_networks_themselves(
 ) -> None:
     store, runtime, models = ensemble
     targets = Targets(models, 5, store, {"of": "five"}, runtime, 0)
-    cached = targets.measure(0.2)
+    cached = targets.measure(4.0)
     train = store.split("train")
     images = store.view(train, torch.device("cpu"), 0)
     logits = torch.stack([model(images) for model in models])
