@@ -7182,7 +7182,8 @@ def terminal_summary(results: Mapping[str, Any]) -> str:
         table(header, rows),
     ]
     if results.get("choice"):
-        texts += ["Ship this one: " + choice_text(results).replace("**", "")]
+        chosen = choice_text(results).replace("**", "").replace("\n\n", " ")
+        texts.append(f"Ship this one: {chosen}")
     texts += headroom_texts(results)
     if left_out := results["left_out"]:
         texts.append(f"Left out: {len(left_out)} models, as the report says, such as {left_out[0]}")
@@ -7286,12 +7287,13 @@ def choice_text(results: Mapping[str, Any]) -> str:
         **{key: f" over inferred groups ({words})" for key, words in INFERRED.items()},
     }
     ship, runner_up = choice["ship"], choice["runner_up"]
-    seeds = ", ".join(seed.removeprefix("seed") for seed in choice["seeds"])
+    seeds = [seed.removeprefix("seed") for seed in choice["seeds"]]
+    of_seeds = f"paired over seeds {', '.join(seeds)}" if len(seeds) > 1 else f"seed {seeds[0]}"
     text = (
         f"**{ship}** ({figures(ship)}). Runner-up: {runner_up} ({figures(runner_up)}).\n\n"
         f"Chosen by worst-group accuracy{groups[choice.get('by', 'known')]} on the selection part, "
-        f"{choice['images']} validation images that refitted no head, paired over seeds {seeds}; "
-        "never on test."
+        f"{choice['images']} validation images that refitted no head, {of_seeds}; never on "
+        "test."
     )
     others = [name for name in choice["tied"] if name != ship]
     if others:

@@ -59,6 +59,7 @@ recipe = Recipe(
         "one-hot": replace(student, weighting="one-hot"),
         "one-hot-dfr": replace(student, weighting="one-hot", head="dfr"),
         "average": replace(student, weighting="average"),
+        "average-dfr": replace(student, weighting="average", head="dfr"),  # trained once for both
         "agre": student,
         "departure": replace(student, weighting="departure"),
     },
