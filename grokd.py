@@ -1165,6 +1165,13 @@ def measure_departures(
     return Departures(distance / total, disputed / disputes, hits / total, skill, merit, shares)
 
 
+def as_biased(found: Departures, merit_gap: float) -> Tensor:
+    """Which teachers [M] are as biased as the biased model: those left out that depart from it more
+    than `merit_gap` times less than any that counts (ours)."""
+    kept = found.weights > 0
+    return ~kept & (found.distance * merit_gap < found.distance[kept].min())
+
+
 def departure(student: Tensor, ensemble: Ensemble, batch: Batch) -> Tensor:
     """The teachers that depart from the biased model alike, the others not at all (ours).
 
@@ -5713,14 +5720,12 @@ def frozen_targets(student: Distill, store: Store, ctx: Context, runtime: Runtim
 def teacher_rows(ctx: Context, student: Distill) -> list[dict[str, Any]]:
     """Each of a student's teachers with its departure from the biased model, on training images.
 
-    All processes take part. A teacher that `departure` leaves out is called biased if it departs by
-    less than every one that is kept (ours).
+    All processes take part.
     """
     compared = replace(student, weighting="departure", gamma=(0.0,))
     targets = frozen_targets(compared, ctx.store, ctx, ctx.runtime.together())
     found = targets.measure(student.merit_gap)
-    kept = found.weights > 0
-    biased = ~kept & (found.distance < found.distance[kept].min())
+    biased = as_biased(found, student.merit_gap)
     rows = []
     for i, artefact in enumerate(ctx.ensemble(student)):
         disputed = float(found.disputed[i])
@@ -5771,7 +5776,7 @@ def departure_table(teachers: Sequence[Mapping[str, Any]]) -> str:
     for row in teachers:
         disputed = "–" if row["disputed"] is None else f"{row['disputed']:.4f}"
         cells = [row["name"], f"{row['departure']:.4f}", disputed, f"{row['accuracy']:.1f}"]
-        note = "" if row["weight"] else "too often wrong where it departs"
+        note = "" if row["weight"] else "departs, but with far less merit"
         if row["biased"]:
             note = "as biased as the biased model"
         lines.append([*cells, f"{row['skill']:.2f}", f"{row['weight']:.3f}", note])
@@ -7506,7 +7511,8 @@ th, td {{ padding: .2rem .5rem; border-bottom: 1px solid #ddd; white-space: nowr
 th:first-child, td:first-child {{ position: sticky; left: 0; background: #fff }}
 th {{ border-bottom: 2px solid #888; vertical-align: bottom }}
 @media print {{ body {{ max-width: none; font-size: 10pt }}  table {{ font-size: 6.5pt }}
-  th, td {{ white-space: normal; padding: .1rem .25rem }}  img, tr {{ break-inside: avoid }} }}
+  th, td {{ white-space: normal; padding: .1rem .25rem }}  img, tr {{ break-inside: avoid }}
+  h2, h2 + p {{ break-after: avoid }} }}
 </style></head><body>
 {body}
 </body></html>

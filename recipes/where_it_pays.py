@@ -21,12 +21,12 @@ was chosen among them by the selection part, with other seeds than the table's:
     python recipes/measured/ensembles.py where_it_pays:rules --seeds 100 110 120 \
         --save recipes/measured/where_it_pays_rules.json
 
-`where_it_pays:two-of-five` is AVER, AGRE and departure with two refitted teachers, on twenty
-ensembles that were fixed beforehand, since five do not tell the latter two apart there:
+`where_it_pays:twenty` is AVER, AGRE and departure alone with one, two and all of five refitted, on
+twenty ensembles that were fixed beforehand, since five do not tell the latter two apart:
 
-    python recipes/measured/ensembles.py where_it_pays:two-of-five --seeds $(seq 300 10 490) \
-        --save recipes/measured/where_it_pays_two_of_five.json
-    python recipes/measured/gains.py two-of-five
+    python recipes/measured/ensembles.py where_it_pays:twenty --seeds $(seq 300 10 490) \
+        --save recipes/measured/where_it_pays_twenty.json
+    python recipes/measured/gains.py twenty
 
 `where_it_pays:colored_mnist` is the same on coloured MNIST, 98 % aligned, with three shares; it
 wants --root.
@@ -109,12 +109,12 @@ recipes = {
     "rules": replace(
         recipe, students=rules(digits.students["agre"]), eval=Eval("selection", "average-1.0")
     ),
-    "two-of-five": replace(
+    "twenty": replace(
         recipe,
         students={
-            name: recipe.students[name] for name in ("average-0.4", "agre-0.4", "departure-0.4")
+            f"{name}-{share}": recipe.students[f"{name}-{share}"]
+            for share in (0.2, 0.4, 1.0) for name in ("average", "agre", "departure")
         },
-        eval=Eval(baseline="average-0.4"),
     ),
     "bad-teacher": replace(recipe, students=students(digits.students["agre"], (1.0,))),
     "colored_mnist": replace(

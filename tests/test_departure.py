@@ -156,9 +156,12 @@ def test_bad_teachers_and_biased_ones_are_left_out(
     found = Targets(models, 5, store, {"of": "five"}, runtime, 0).measure(4.0)
     assert min(found.distance[3:]) > max(found.distance[:3])  # their answers are far from b's
     assert found.weights.tolist() == pytest.approx([1 / 3] * 3 + [0, 0])
+    assert not grokd.as_biased(found, 4.0).any()
     plain = digits_model(store, store.labels[store.split("train")], 6, 10)  # as biased as it
     mixed = Targets([*models[:2], plain, models[5]], 3, store, {"of": "three"}, runtime, 0)
-    assert mixed.measure(4.0).weights.tolist() == [0.5, 0.5, 0]
+    found = mixed.measure(4.0)
+    assert found.weights.tolist() == [0.5, 0.5, 0]
+    assert grokd.as_biased(found, 4.0).tolist() == [False, False, True]
 
 
 def test_cached_departure_is_that_of_the_networks_themselves(

@@ -3,11 +3,11 @@
     python recipes/measured/ensembles.py where_it_pays --seeds 200 210 220 230 240 \\
         --save recipes/measured/where_it_pays.json
     python recipes/measured/gains.py summary
-    python recipes/measured/gains.py two-of-five
+    python recipes/measured/gains.py twenty
     python recipes/measured/gains.py bad-teacher
 
 `summary` writes tables of WGA and of paired differences with 95 % intervals (Student's t), and a
-figure of the gain over AVER against the headroom, one point an ensemble; `two-of-five` writes the
+figure of the gain over AVER against the headroom, one point an ensemble; `twenty` writes the
 differences of its recipe. `bad-teacher` copies the
 teachers of those runs, puts a network of random weights, or one trained on shuffled labels, in the
 place of the last one's, trains students from them, and writes a table.
@@ -160,10 +160,10 @@ def summary() -> None:
     (HERE / "where_it_pays_gain.png").write_bytes(draw_gain(results))
 
 
-def two_of_five() -> None:
-    results = json.loads((HERE / "where_it_pays_two_of_five.json").read_text())
-    name = "where_it_pays_two_of_five_differences"
-    write(name, results["about"], *table_of_differences(results, PAIRS[:3], [0.4]))
+def twenty() -> None:
+    results = json.loads((HERE / "where_it_pays_twenty.json").read_text())
+    name = "where_it_pays_twenty_differences"
+    write(name, results["about"], *table_of_differences(results, PAIRS[:3], (0.2, 0.4, 1.0)))
 
 
 def spoil(out: Path, kind: str, seed: int) -> None:
@@ -222,13 +222,13 @@ def bad_teacher(seeds: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("summary", "two-of-five", "bad-teacher"))
+    parser.add_argument("what", choices=("summary", "twenty", "bad-teacher"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 210, 220, 230, 240])
     args = parser.parse_args()
     if args.what == "summary":
         summary()
-    elif args.what == "two-of-five":
-        two_of_five()
+    elif args.what == "twenty":
+        twenty()
     else:
         bad_teacher(args.seeds)
 
