@@ -3,7 +3,7 @@
     python grokd.py run where_it_pays
 
 The data, teachers and students of recipes/digits.py. Of the five teachers none, one, two ... or
-all have a refitted head; the others are as biased as the biased model. Every weighting learns from
+all have a refitted head; the others are as biased as the biased model. Six weightings learn from
 every such ensemble, and each of its students is reported with the head it learnt and with a
 refitted one (trained once). `where_it_pays:bad-teacher` has all refitted, for a run in which one
 teacher was spoilt.
