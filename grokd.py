@@ -502,9 +502,10 @@ class Distill:
     shrink: Annotated[
         Share, When(weighting="agre", feature_weights="agre"), Mark.CURVE
     ] = 0.0
-    # departure: teachers below the first gap in merit of more than this factor do not count (ours;
-    # see measure_departures). Lower it if biased teachers are kept, raise it if good ones are not.
-    merit_gap: Annotated[
+    # departure: teachers below the first gap in departure of more than this factor do not count
+    # (ours; see measure_departures). Lower it if biased teachers are kept, raise it if good ones
+    # are not.
+    departure_gap: Annotated[
         float, Range(1), When(weighting=("departure", callable)), Mark.CURVE
     ] = 4.0
     # Weighted mean of losses (for this loss: of softened probabilities), or loss to the weighted
@@ -1120,7 +1121,7 @@ class Departures(NamedTuple):
     disputed: Tensor  # the same, of images of which the two name different classes; nan if none
     accuracy: Tensor  # share of images that the teacher gets right
     skill: Tensor  # of held-out images, see `skill_of`
-    merit: Tensor  # see `measure_departures`
+    merit: Tensor  # departure where it is right, times skill; for weightings of a recipe's own
     weights: Tensor  # of `departure`, shares that sum to 1
 
 
@@ -1132,15 +1133,15 @@ def skill_of(predicted: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure_departures(
-    blocks: Iterator[tuple[Tensor, Tensor, Tensor]], skill: Tensor, merit_gap: float
+    blocks: Iterator[tuple[Tensor, Tensor, Tensor]], skill: Tensor, departure_gap: float
 ) -> Departures:
     """Departure of teachers from the biased model, over blocks of logits and labels (ours).
 
-    A block: teachers [M, b, C], biased [b, C], labels [b]. A teacher's merit is the mean of
-    |softmax(z_t) - softmax(z_b)|^2 at temperature 1, counted where its argmax is the label, times
-    its skill [M]; so that one who is merely wrong, or unsure of everything, gains nothing. From the
-    greatest merit downwards, teachers count alike until the next merit is more than `merit_gap`
-    times smaller; it and those below are left out.
+    A block: teachers [M, b, C], biased [b, C], labels [b]. Departure is the mean of
+    |softmax(z_t) - softmax(z_b)|^2 at temperature 1. Teachers of less than a third of the greatest
+    skill [M] are left out: they depart by being wrong. From the greatest departure of the others
+    downwards teachers count alike, until the next one's is more than `departure_gap` times smaller;
+    it and those below are as biased as the biased model, and left out.
     """
     distance = counted = disputed = disputes = hits = torch.zeros(())
     total = 0
@@ -1157,19 +1158,22 @@ def measure_departures(
         hits = hits + right.sum(1)
         total += len(labels)
     merit = counted / total * skill.to(counted)
-    order = merit.argsort(descending=True)
-    falls = merit[order][1:] * merit_gap < merit[order][:-1]
-    shares = torch.zeros_like(merit)
+    distance = distance / total
+    ranked, order = torch.where(skill.to(distance) * 3 >= skill.max(), distance, -1).sort(
+        descending=True
+    )
+    falls = ranked[1:] * departure_gap < ranked[:-1]  # to one without skill, always
     kept = order[: 1 + int(falls.logical_not().cumprod(0).sum())]
+    shares = torch.zeros_like(distance)
     shares[kept] = 1 / len(kept)
-    return Departures(distance / total, disputed / disputes, hits / total, skill, merit, shares)
+    return Departures(distance, disputed / disputes, hits / total, skill, merit, shares)
 
 
-def as_biased(found: Departures, merit_gap: float) -> Tensor:
+def as_biased(found: Departures, departure_gap: float) -> Tensor:
     """Which teachers [M] are as biased as the biased model: those left out that depart from it more
-    than `merit_gap` times less than any that counts (ours)."""
+    than `departure_gap` times less than any that counts (ours)."""
     kept = found.weights > 0
-    return ~kept & (found.distance * merit_gap < found.distance[kept].min())
+    return ~kept & (found.distance * departure_gap < found.distance[kept].min())
 
 
 def departure(student: Tensor, ensemble: Ensemble, batch: Batch) -> Tensor:
@@ -4314,7 +4318,7 @@ class Targets:
             return teachers, biased.mean(0)
         return teachers, biased[0] if len(biased) else None
 
-    def measure(self, merit_gap: float) -> Departures:
+    def measure(self, departure_gap: float) -> Departures:
         """The teachers' departures from the biased model, over the first view of the training
         images, and their skill on the selection part of validation (all of it where no part is
         left)."""
@@ -4332,7 +4336,7 @@ class Targets:
                 of_block = labels[self.indices[positions]]
                 yield teachers, biased, upload(of_block, teachers.device)
 
-        return measure_departures(blocks(), skill, merit_gap)
+        return measure_departures(blocks(), skill, departure_gap)
 
     def wrong(self) -> Tensor:
         """Which images [N] the biased model gets wrong, by its answers to the first view of the
@@ -5683,7 +5687,7 @@ def student_job(job: Job, ctx: Context, runtime: Runtime) -> Job:
     if student.has_teachers:
         targets = frozen_targets(student, job.store, ctx, runtime)
         if student.has_departures:
-            targets.departures = targets.measure(student.merit_gap)
+            targets.departures = targets.measure(student.departure_gap)
         samples = sample_weights(job, targets, runtime) if student.weighs_samples else None
         if student.loss == "simkd":
             job.losses = projected_loss(job, targets, samples, ctx)
@@ -5724,8 +5728,8 @@ def teacher_rows(ctx: Context, student: Distill) -> list[dict[str, Any]]:
     """
     compared = replace(student, weighting="departure", gamma=(0.0,))
     targets = frozen_targets(compared, ctx.store, ctx, ctx.runtime.together())
-    found = targets.measure(student.merit_gap)
-    biased = as_biased(found, student.merit_gap)
+    found = targets.measure(student.departure_gap)
+    biased = as_biased(found, student.departure_gap)
     rows = []
     for i, artefact in enumerate(ctx.ensemble(student)):
         disputed = float(found.disputed[i])
@@ -5776,7 +5780,7 @@ def departure_table(teachers: Sequence[Mapping[str, Any]]) -> str:
     for row in teachers:
         disputed = "–" if row["disputed"] is None else f"{row['disputed']:.4f}"
         cells = [row["name"], f"{row['departure']:.4f}", disputed, f"{row['accuracy']:.1f}"]
-        note = "" if row["weight"] else "departs, but with far less merit"
+        note = "" if row["weight"] else "too often wrong"
         if row["biased"]:
             note = "as biased as the biased model"
         lines.append([*cells, f"{row['skill']:.2f}", f"{row['weight']:.3f}", note])
@@ -8362,7 +8366,7 @@ def finished_weights(model: Scored, frozen: Tensor, ctx: Context) -> Tensor:
     departures = None
     if student.has_departures:
         targets = frozen_targets(student, store, ctx, ctx.runtime.together())
-        departures = targets.measure(student.merit_gap)
+        departures = targets.measure(student.departure_gap)
     biased = frozen[count:].mean(0) if len(frozen) > count else None
     network = load_model(model.path, device, store).requires_grad_(True)
     weighting: Any = student.weighting

@@ -15,8 +15,9 @@ every seed; settings are those of the digits recipe:
         --save recipes/measured/where_it_pays.json
     python recipes/measured/gains.py summary
 
-`where_it_pays:rules` has other rules for what a teacher's merit makes of its weight. Departure's
-was chosen among them by the selection part, with other seeds than the table's:
+`where_it_pays:rules` has other rules for what a teacher's merit, its departure where it is right
+times its skill, makes of its weight. Departure's former one was chosen among them by the selection
+part, with other seeds than the table's:
 
     python recipes/measured/ensembles.py where_it_pays:rules --seeds 100 110 120 \
         --save recipes/measured/where_it_pays_rules.json

@@ -22,12 +22,12 @@ from grokd import Classifier, Departures, Problem, Runtime, Store, Targets
 
 def measured(
     teachers: Tensor, biased: Tensor, labels: Tensor, skill: Tensor, size: int = 1000,
-    merit_gap: float = 4.0,
+    departure_gap: float = 4.0,
 ) -> Departures:
     parts = range(0, len(labels), size)
     return grokd.measure_departures(
         ((teachers[:, i : i + size], biased[i : i + size], labels[i : i + size]) for i in parts),
-        skill, merit_gap)
+        skill, departure_gap)
 
 
 @pytest.mark.parametrize("classes", [2, 10])
@@ -39,7 +39,7 @@ def test_departure_equals_the_slow_formula(classes: int) -> None:
     teachers[1] = biased + 0.1 * torch.randn(50, classes)  # one who is as biased
     skill = torch.tensor([0.9, 0.8, 0.5, 0.02, 0.0]).double()
     ours = measured(teachers, biased, labels, skill)
-    merits = []
+    merits, distances = [], []
     for t in range(5):
         counted = 0.0
         gaps, disputed = [], []
@@ -52,10 +52,11 @@ def test_departure_equals_the_slow_formula(classes: int) -> None:
             if int(p_t.argmax()) != int(p_b.argmax()):
                 disputed.append(gap)
         merits.append(counted * float(skill[t]))
-        assert float(ours.distance[t]) == pytest.approx(sum(gaps) / 50)
+        distances.append(sum(gaps) / 50)
         if disputed:
             assert float(ours.disputed[t]) == pytest.approx(sum(disputed) / len(disputed))
-    kept = above_the_gap(merits, 4.0)
+    assert ours.distance.tolist() == pytest.approx(distances)
+    kept = above_the_gap(distances, skill.tolist(), 4.0)
     assert kept[0] and not kept[1] and not kept[4]
     assert ours.merit.tolist() == pytest.approx(merits)
     assert ours.weights.tolist() == pytest.approx([each / sum(kept) for each in kept])
@@ -81,32 +82,34 @@ def test_skill_is_recall_above_chance(data: st.DataObject) -> None:
     assert skill.tolist() == pytest.approx([max(0, expected), 1])
 
 
-def above_the_gap(merits: Sequence[float], gap: float) -> list[bool]:
+def above_the_gap(departures: Sequence[float], skills: Sequence[float], gap: float) -> list[bool]:
     """Which teachers count, slowly."""
-    kept, last = [False] * len(merits), max(merits)
-    for merit, teacher in sorted(((m, t) for t, m in enumerate(merits)), reverse=True):
-        if merit * gap < last:
+    kept = [False] * len(skills)
+    skilled = [t for t, skill in enumerate(skills) if skill * 3 >= max(skills)]
+    last = 0.0
+    for teacher in sorted(skilled, key=lambda t: -departures[t]):
+        if departures[teacher] * gap < last:
             break
-        kept[teacher], last = True, merit
+        kept[teacher], last = True, departures[teacher]
     return kept
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(1, 20))
-def test_teachers_below_a_gap_in_merit_do_not_count(skills: list[float], gap: float) -> None:
+@given(st.data(), st.floats(1, 20))
+def test_teachers_without_skill_or_below_a_gap_do_not_count(
+    data: st.DataObject, gap: float
+) -> None:
+    count = data.draw(st.integers(1, 6))
+    scales = data.draw(st.lists(st.floats(0, 3), min_size=count, max_size=count))
+    skills = data.draw(st.lists(
+        st.sampled_from([0, 0.1, 0.3, 0.9]), min_size=count, max_size=count))
     biased, labels = torch.zeros(6, 2), torch.arange(6) % 2
-    right = 5 * torch.nn.functional.one_hot(labels, 2).float()
-    same = right.expand(len(skills), 6, 2)  # so that merit is in proportion to skill
-    found = measured(same, biased, labels, torch.tensor(skills).double(), merit_gap=gap)
-    kept = above_the_gap(found.merit.tolist(), gap)
+    right = torch.nn.functional.one_hot(labels, 2).double()
+    teachers = torch.stack([scale * right for scale in scales])
+    skill = torch.tensor(skills, dtype=torch.float64)
+    found = measured(teachers, biased, labels, skill, departure_gap=gap)
+    kept = above_the_gap(found.distance.tolist(), skills, gap)
     assert found.weights.tolist() == [each / sum(kept) for each in kept]
-
-
-def test_neither_a_good_nor_a_useless_teacher_moves_the_gap_between_the_others() -> None:
-    biased, labels = torch.zeros(6, 2), torch.arange(6) % 2
-    same = 5 * torch.nn.functional.one_hot(labels, 2).float().expand(6, 6, 2)
-    skills = torch.tensor([0.9, 0.3, 0.1, 0.02, 0.01, 0.0]).double()
-    found = measured(same, biased, labels, skills)
-    assert found.weights.tolist() == pytest.approx([1 / 3] * 3 + [0] * 3)
+    assert not (grokd.as_biased(found, gap) & torch.tensor(kept)).any()
 
 
 def test_teachers_that_are_the_biased_model_count_alike() -> None:

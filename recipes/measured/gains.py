@@ -5,12 +5,14 @@
     python recipes/measured/gains.py summary
     python recipes/measured/gains.py twenty
     python recipes/measured/gains.py bad-teacher
+    python recipes/measured/gains.py selection --runs runs/ensembles/where_it_pays*/[0-9]*
 
 `summary` writes tables of WGA and of paired differences with 95 % intervals (Student's t), and a
 figure of the gain over AVER against the headroom, one point an ensemble; `twenty` writes the
 differences of its recipe. `bad-teacher` copies the
 teachers of those runs, puts a network of random weights, or one trained on shuffled labels, in the
-place of the last one's, trains students from them, and writes a table.
+place of the last one's, trains students from them, and writes a table. `selection` counts for which
+shares departure keeps exactly the refitted teachers (--recipe and --root say of which data).
 """
 
 import argparse
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save
 from scipy import stats
 
@@ -38,6 +41,7 @@ NAMES = {
 }
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 NUM_TEACHERS = 5
+DEPARTURE_GAP = grokd.Distill().departure_gap
 
 
 def interval(differences: np.ndarray) -> str:
@@ -220,15 +224,57 @@ def bad_teacher(seeds: list[int]) -> None:
           ["WGA, five refitted teachers", "all good", "one random", "one of shuffled labels"], rows)
 
 
+def kept_teachers(store: grokd.Store, run: Path) -> dict[int, list[bool]]:
+    """Which teachers of a run departure keeps, by how many are refitted, the first ones."""
+    device = torch.device("cpu")
+    paths = [run / "teachers" / str(i) / f"{head}.safetensors"
+             for head in ("erm", "dfr") for i in range(NUM_TEACHERS)]
+    models = [grokd.load_model(path, device, store)
+              for path in [*paths, run / "bias-model" / "model.safetensors"]]
+    runtime = grokd.Runtime.start("float32")
+    targets = grokd.Targets(models, len(paths), store, {"of": str(run)}, runtime, 0)
+    skill = targets.measure(DEPARTURE_GAP).skill
+    logits = targets.logits(np.arange(len(targets.indices)))
+    labels = torch.from_numpy(store.labels[targets.indices])
+    kept = {}
+    for refitted in range(NUM_TEACHERS + 1):
+        picked = [i + NUM_TEACHERS * (i < refitted) for i in range(NUM_TEACHERS)]
+        blocks = iter([(logits[picked], logits[-1], labels)])
+        found = grokd.measure_departures(blocks, skill[picked], DEPARTURE_GAP)
+        kept[refitted] = (found.weights > 0).tolist()
+    return kept
+
+
+def selection(recipe: str, root: str, runs: list[Path]) -> None:
+    about = grokd.origin()
+    store = grokd.open_store(grokd.load_recipe(recipe).data, root)
+    counts: dict[int, list[int]] = {refitted: [0, 0, 0] for refitted in range(NUM_TEACHERS + 1)}
+    for run in runs:
+        for refitted, kept in kept_teachers(store, run).items():
+            right = [i < refitted or not refitted for i in range(NUM_TEACHERS)]
+            biased_too = any(k and not r for k, r in zip(kept, right, strict=True))
+            counts[refitted][0 if kept == right else 1 + biased_too] += 1
+    rows = [[str(refitted), *map(str, row)] for refitted, row in counts.items()]
+    variant = recipe.partition(":")[2]
+    write(f"where_it_pays_selection{variant and '_'}{variant}", about, [
+        "refitted teachers of five", "kept exactly (of none: all)", "fewer", "biased ones too"
+    ], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("summary", "twenty", "bad-teacher"))
+    parser.add_argument("what", choices=("summary", "twenty", "bad-teacher", "selection"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 210, 220, 230, 240])
+    parser.add_argument("--recipe", default="where_it_pays")
+    parser.add_argument("--root", default=".")
+    parser.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs")
     args = parser.parse_args()
     if args.what == "summary":
         summary()
     elif args.what == "twenty":
         twenty()
+    elif args.what == "selection":
+        selection(args.recipe, args.root, args.runs)
     else:
         bad_teacher(args.seeds)
 
