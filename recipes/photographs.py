@@ -19,7 +19,7 @@ Students' learning rate was chosen among three with another ensemble, on the sel
 
     python recipes/measured/ensembles.py photographs:tries --seeds 100 --root FOLDER
 
-What is measured so far: measured/photographs.md.
+Measured: measured/photographs.md.
 """
 
 from dataclasses import replace
