@@ -1157,11 +1157,10 @@ def measure_departures(
         disputes = disputes + differs.sum(1)
         hits = hits + right.sum(1)
         total += len(labels)
-    merit = counted / total * skill.to(counted)
-    distance = distance / total
-    ranked, order = torch.where(skill.to(distance) * 3 >= skill.max(), distance, -1).sort(
-        descending=True
-    )
+    distance, skill = distance / total, skill.to(counted)
+    merit = counted / total * skill
+    skilled = skill * 3 >= skill.max()
+    ranked, order = torch.where(skilled, distance, -1).sort(descending=True)
     falls = ranked[1:] * departure_gap < ranked[:-1]  # to one without skill, always
     kept = order[: 1 + int(falls.logical_not().cumprod(0).sum())]
     shares = torch.zeros_like(distance)

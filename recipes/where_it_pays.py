@@ -19,13 +19,13 @@ every seed; settings are those of the digits recipe:
 times its skill, makes of its weight. Departure's former one was chosen among them by the selection
 part, with other seeds than the table's:
 
-    python recipes/measured/ensembles.py where_it_pays:rules --seeds 100 110 120 \
+    python recipes/measured/ensembles.py where_it_pays:rules --seeds 100 110 120 \\
         --save recipes/measured/where_it_pays_rules.json
 
 `where_it_pays:twenty` is AVER, AGRE and departure alone with one, two and all of five refitted, on
 twenty ensembles that were fixed beforehand, since five do not tell the latter two apart:
 
-    python recipes/measured/ensembles.py where_it_pays:twenty --seeds $(seq 300 10 490) \
+    python recipes/measured/ensembles.py where_it_pays:twenty --seeds $(seq 300 10 490) \\
         --save recipes/measured/where_it_pays_twenty.json
     python recipes/measured/gains.py twenty
 

@@ -272,6 +272,8 @@ def test_run_ends_with_the_student_to_ship_and_reports_the_teachers(
     choice = results["choice"]
     assert {choice["ship"], choice["runner_up"]} <= {"one-hot", "average", "departure"}
     assert choice["networks"] == {"one-hot": 0, "average": 2, "departure": 2}  # b is a teacher's
+    of_one_seed = results | {"choice": choice | {"seeds": ["seed0"]}}
+    assert " no head, seed 0; never on test" in grokd.choice_text(of_one_seed)
     report = (images / "runs/tiny/report.md").read_text()
     assert f"**{choice['ship']}** (selection WGA" in report
     ensemble, = results["ensembles"]

@@ -81,7 +81,9 @@ def test_run_makes_every_stage_and_row(finished: Path) -> None:
     printed = (finished / "printed.txt").read_text()
     assert "| students/agre/seed1/model" in report and "| students/agre" not in printed
     assert "\ntiny.py on cpu, float32, 1 thread; results in runs/tiny, images and " in printed
-    assert "\nShip this one: " in printed and "report.html" in printed
+    chosen = printed.partition("\nShip this one: ")[2].partition("\n\n")[0]
+    assert "paired over seeds 0, 1;" in " ".join(chosen.split()) and "  " not in chosen
+    assert "report.html" in printed
     assert "| 1 resnet8 DFR |" in printed
     assert "Took " in printed and "GiB of memory" in printed
 

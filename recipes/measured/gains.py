@@ -269,6 +269,8 @@ def main() -> None:
     parser.add_argument("--root", default=".")
     parser.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs")
     args = parser.parse_args()
+    if args.what == "selection" and not args.runs:
+        parser.error("selection needs --runs")
     if args.what == "summary":
         summary()
     elif args.what == "twenty":

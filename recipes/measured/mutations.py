@@ -94,7 +94,19 @@ FAULTS = [
         "tests/test_weights.py -k gce",
     ),
     Fault(
-        "departure keeps teachers that are wrong",
+        "departure keeps teachers without skill",
+        "skilled = skill * 3 >= skill.max()",
+        "skilled = skill * 3 >= 0",
+        "tests/test_departure.py -k 'formula or without_skill'",
+    ),
+    Fault(
+        "departure keeps teachers below the gap",
+        "ranked[1:] * departure_gap < ranked[:-1]",
+        "ranked[1:] * departure_gap < 0",
+        "tests/test_departure.py -k 'formula or left_out'",
+    ),
+    Fault(
+        "merit counts where a teacher is wrong",
         "counted = counted + torch.where(right, gap, 0).sum(1)",
         "counted = counted + gap.sum(1)",
         "tests/test_departure.py -k 'formula or left_out'",
