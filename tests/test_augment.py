@@ -294,6 +294,8 @@ def test_tab_finds_the_samples_whose_loss_falls_late() -> None:
         members = labels == y
         assert len(set(clusters[members & late])) == len(set(clusters[members & ~late])) == 1
         assert set(clusters[members]) <= {2 * y, 2 * y + 1}
+    alone = np.where(np.arange(60) == 7, 2, labels)  # a class of one image; a seed of more bits
+    assert grokd.loss_clusters(losses, alone, 2**40)[7] == 4
 
 
 def test_generated_images_join_the_training_set(store: Store) -> None:
@@ -307,6 +309,10 @@ def test_generated_images_join_the_training_set(store: Store) -> None:
     assert np.array_equal(mixed[[0, 2]], store.raw(train[:2]))
     half = grokd.enlarge(store, images, np.array([0, 1, 1]), 0.5)
     assert len(half.split("train")) == 1.5 * len(store.split("train"))
+    many = np.arange(40).astype(np.uint8)[:, None, None, None] * np.ones((3, 16, 16), np.uint8)
+    part = grokd.enlarge(store, many, np.zeros(40, int), 8 / len(store.split("train")))
+    shown = part.raw(part.split("train")[-8:])[:, 0, 0, 0].tolist()
+    assert len({*shown}) == 8 and max(shown) > 20  # not the first ones, in their sources' order
     assert (union.counts("test") == store.counts("test")).all()
 
 

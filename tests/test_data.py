@@ -304,9 +304,19 @@ def test_group_absent_from_the_reweighting_part_is_named(images: Path) -> None:
 
 
 def test_without_attributes_groups_are_classes(images: Path) -> None:
-    store = grokd.open_store(tiny(images, attribute_column=""), str(images))
-    assert store.group_names == ["class 0", "class 1"]
-    assert store.counts("train").tolist() == [8, 8]
+    for names in ((), ("land", "water")):  # those of the attributes that a recipe had before
+        data = tiny(images, attribute_column="", attribute_names=names)
+        store = grokd.open_store(data, str(images))
+        assert store.group_names == ["class 0", "class 1"]
+        assert store.counts("train").tolist() == [8, 8]
+    with pytest.raises(Problem, match="groups = aligned tells by the attributes"):
+        grokd.open_store(tiny(images, attribute_column="", groups="aligned"), str(images))
+
+
+def test_data_of_one_class_are_refused(images: Path) -> None:
+    edit(images, lambda rows: [r.update(label="0") for r in rows])
+    with pytest.raises(Problem, match="All images are of one class, class 0"):
+        grokd.open_store(tiny(images), str(images))
 
 
 def test_full_disk_is_said_before_decoding(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

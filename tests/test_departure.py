@@ -80,18 +80,26 @@ def test_skill_is_recall_above_chance(data: st.DataObject) -> None:
     chance = 1 / len(recalls)
     expected = (sum(recalls) / len(recalls) - chance) / (1 - chance)
     assert skill.tolist() == pytest.approx([max(0, expected), 1])
+    one_class = grokd.skill_of(torch.tensor([predicted, labels]), torch.zeros(size))
+    assert one_class.tolist() == [1, 1]
 
 
 def above_the_gap(departures: Sequence[float], skills: Sequence[float], gap: float) -> list[bool]:
     """Which teachers count, slowly."""
-    kept = [False] * len(skills)
     skilled = [t for t, skill in enumerate(skills) if skill * 3 >= max(skills)]
+    clusters: list[list[int]] = []
     last = 0.0
     for teacher in sorted(skilled, key=lambda t: -departures[t]):
-        if departures[teacher] * gap < last:
-            break
-        kept[teacher], last = True, departures[teacher]
-    return kept
+        if not clusters or departures[teacher] * gap < last:
+            clusters.append([])
+        clusters[-1].append(teacher)
+        last = departures[teacher]
+    for place, cluster in enumerate(clusters):
+        below = [skills[t] for each in clusters[place + 1 :] for t in each]
+        own = sum(skills[t] for t in cluster) / len(cluster)
+        if not below or own * 3 >= 2 * sum(below) / len(below):
+            return [t in cluster for t in range(len(skills))]
+    raise AssertionError
 
 
 @given(st.data(), st.floats(1, 20))
@@ -101,7 +109,7 @@ def test_teachers_without_skill_or_below_a_gap_do_not_count(
     count = data.draw(st.integers(1, 6))
     scales = data.draw(st.lists(st.floats(0, 3), min_size=count, max_size=count))
     skills = data.draw(st.lists(
-        st.sampled_from([0, 0.1, 0.3, 0.9]), min_size=count, max_size=count))
+        st.sampled_from([0, 0.1, 0.3, 0.5, 0.9]), min_size=count, max_size=count))
     biased, labels = torch.zeros(6, 2), torch.arange(6) % 2
     right = torch.nn.functional.one_hot(labels, 2).double()
     teachers = torch.stack([scale * right for scale in scales])
@@ -110,6 +118,15 @@ def test_teachers_without_skill_or_below_a_gap_do_not_count(
     kept = above_the_gap(found.distance.tolist(), skills, gap)
     assert found.weights.tolist() == [each / sum(kept) for each in kept]
     assert not (grokd.as_biased(found, gap) & torch.tensor(kept)).any()
+
+
+def test_a_bad_teacher_alone_above_a_gap_is_left_out() -> None:
+    """It departs most, by being wrong; four good ones stand below it, or one and a biased one."""
+    assert grokd.departing([0.06, 0.05, 0.51, 0.07, 0.06], [0.9, 0.9, 0.5, 0.9, 0.9], 4.0) == [
+        3, 0, 4, 1]
+    assert grokd.departing([0.001, 0.51, 0.06], [0.9, 0.4, 0.9], 4.0) == [2]
+    # Held-out images as biased as training: refitted teachers look a little less skilled.
+    assert grokd.departing([0.06, 0.001, 0.001], [0.7, 0.9, 0.9], 4.0) == [0]
 
 
 def test_teachers_that_are_the_biased_model_count_alike() -> None:
@@ -202,17 +219,20 @@ def test_several_biased_models_are_their_mean_logits(
     torch.testing.assert_close(answer.biased, logits[3:].mean(0))
 
 
-def test_labels_are_weighed_by_the_mean_weight_of_a_sample() -> None:
+@pytest.mark.parametrize("shrink", [0.0, 0.5])
+def test_labels_are_weighed_by_the_mean_weight_of_a_sample(shrink: float) -> None:
     torch.manual_seed(0)
     student, teachers = torch.randn(6, 3), torch.randn(4, 6, 3)
     biased, labels = torch.randn(6, 3), torch.arange(6) % 3
-    settings = grokd.Distill(alpha=0.25, weigh_labels=True)
+    settings = grokd.Distill(alpha=0.25, weigh_labels=True, shrink=shrink)
     answers = grokd.Ensemble(teachers, biased)
     runtime: Any = None
     batch = grokd.Batch(settings, torch.nn.Identity(), torch.empty(0), labels, np.arange(6), 6, 0,
                         0, runtime, student)
-    value, _ = grokd.distillation(lambda _: answers)(batch)
-    weights = grokd.agre_weights(student, teachers, biased, 4.0)
+    value, figures = grokd.distillation(lambda _: answers)(batch)
+    weights = (1 - shrink) * grokd.agre_weights(student, teachers, biased, 4.0) + shrink
+    assert torch.equal(figures["weight"], weights)
+    assert torch.equal(figures["cross_entropy"], grokd.cross_entropy(student, labels))
     shares = grokd.teacher_shares(weights)
     for i in range(6):
         distilled = sum(

@@ -89,9 +89,12 @@ def student_of(
         tap = grokd.Tap(model, [layer.student for layer in layers], store.data.crop)
         features = FeatureLoss(settings, frozen_layers, 0)
         features.attach(model, tap.maps, tap.widths)
-    losses = grokd.distillation(targets.answer, features)
     artefact = Artefact(work, store.folder.parent / work / "model.safetensors", "distill", {}, {})
-    job = Job(artefact, model, settings, settings.train, store, 0, losses)
+    job = Job(artefact, model, settings, settings.train, store, 0, grokd.label_losses)
+    if settings.has_departures:
+        targets.departures = targets.measure(settings.departure_gap)
+    samples = grokd.sample_weights(job, targets, runtime) if settings.weighs_samples else None
+    job.losses = grokd.distillation(targets.answer, features, samples)
     return Training(job, runtime), features
 
 
@@ -448,6 +451,51 @@ def test_map_of_another_batch_is_not_distilled(store: Store, runtime: Runtime) -
         learn(training, 1)
 
 
+@pytest.mark.parametrize("jobs, processes, batch, shared", [
+    (1, 8, 32, True),  # nothing else to do
+    (9, 8, 4096, False), (5, 8, 32, False),  # five steps of 4 images are longer than one of 32
+    (5, 8, 256, True), (2, 2, 32, False), (2, 2, 256, False), (2, 4, 256, True),
+])
+def test_batches_are_shared_where_that_is_faster(
+    jobs: int, processes: int, batch: int, shared: bool, runtime: Runtime
+) -> None:
+    accelerator: Any = types.SimpleNamespace(num_processes=processes, process_index=1)
+    several = replace(runtime, accelerator=accelerator)
+    plan, own = several.plan(range(jobs), "auto", batch)
+    assert plan.shared == shared
+    assert own == ([*range(jobs)] if shared else [*range(1, jobs, processes)])
+    for parallel in ("data", "models"):
+        assert several.plan(range(jobs), parallel, batch)[0].shared == (parallel == "data")
+
+
+def test_an_image_shown_in_vain_does_not_count_in_a_mean(store: Store, runtime: Runtime) -> None:
+    settings, images = Distill(), torch.zeros(1, 3, 16, 16)
+    last: Any = types.SimpleNamespace(rank=2, sum=lambda tensor: tensor)
+    batch = grokd.Batch(settings, network(0), images, images, np.zeros(1, int), 2, 0, 0, last)
+    assert batch.mean(torch.ones(3)).tolist() == [0, 0, 0]  # three processes, a batch of two
+
+
+def test_frozen_networks_beside_a_student_compute_as_the_cache_does(
+    store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the run's precision, when they are asked about mixed images and when layers are tapped."""
+    monkeypatch.setattr(Runtime, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    models = [frozen(seed, name) for seed, name in enumerate(TEACHERS)]
+    targets = Targets(models, 2, store, {"data": store.fingerprint}, runtime, 0)
+    settings = Distill(gamma=(1.0,), layers=("layer1",))
+    whole = [network(seed, name).eval() for seed, name in enumerate(TEACHERS)]  # none is folded
+    networks = dict(zip(targets.trunk_keys, whole, strict=True))
+    layers = grokd.frozen_features(settings, targets, networks, False)
+    seen: list[torch.dtype] = []
+    for model in [*models, *whole]:
+        first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+        first.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    batch: Any = types.SimpleNamespace(images=store.view(np.arange(3), CPU))
+    assert targets.ask(batch.images).dtype == torch.float32
+    layers.maps(batch)
+    assert seen == [torch.bfloat16] * 6
+
+
 # Waits
 
 
@@ -458,7 +506,8 @@ class Waits(TorchDispatchMode):
     copied by grokd to a device, other than through `upload` (or ahead, in a thread).
     """
 
-    READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique")
+    READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique",
+             "_unique2", "bincount", "masked_scatter")
     CALLS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__array__")
     MAKERS = ("from_numpy", "tensor", "as_tensor", "asarray")
 
@@ -509,16 +558,18 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# ae-kd is no part of this: scikit-learn solves for its weights on the host, once a step. Neither
-# are agre in the spaces "batch", which looks whether gradients are finite, nor steps in float16,
-# where torch's scaler reads whether to skip.
+# ae-kd is no part of this: its weights are solved for on the host, once a step. Neither are agre in
+# the space "batch", which looks whether gradients are finite, steps in float16, whose scaler does,
+# and mixed images: torchvision draws how they are mixed on the host, which this cannot tell apart.
 @pytest.mark.parametrize("change", [
     {}, {"weighting": "average"}, {"weighting": "random"}, {"weighting": "eb-kd"},
     {"weighting": "ca-mkd"}, {"space": "parameters"}, {"alpha": 0.5, "zero": "drop"},
     {"combine": "logits"}, {"gamma": (1.0,), "feature_weights": "agre"},
     {"gamma": (1.0,), "feature_weights": "disagree", "feature_dropout": 0.5, "adapters": "shared",
      "layers": ("layer2=pooled",)},
-    {"gamma": (1.0,), "feature_loss": "contrastive"},
+    {"gamma": (1.0,), "feature_loss": "contrastive"}, {"weighting": "departure"},
+    {"sample_weights": "jtt"}, {"sample_weights": "dedier"}, {"sample_weights": "group-dro"},
+    {"train": Train(batch_size=8, micro_batch=4)},
 ], ids=lambda change: "-".join(map(str, change.values())) or "agre")
 def test_no_step_between_two_checks_of_the_loss_waits(
     change: dict[str, Any], store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch

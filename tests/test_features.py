@@ -1,5 +1,6 @@
 """Feature distillation: losses, weightings, layers and adapters, against slow formulas."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -39,6 +40,7 @@ def build(settings: Distill, student: str, teachers: list[str], biased: str = ""
     targets: Any = SimpleNamespace(
         num_teachers=len(teachers), models=models, trunk_keys=keys,
         store=SimpleNamespace(data=Data(crop=side)), pooled=lambda positions: pooled,
+        runtime=SimpleNamespace(autocast=contextlib.nullcontext),
     )
     active = [n for n, g in zip(settings.layers, settings.gamma, strict=True) if g]
     online = any(n.rpartition("=")[2] != "pooled" for n in active)
@@ -278,6 +280,10 @@ def test_modules_can_be_named_and_unknown_layers_are_refused() -> None:
         grokd.Tap(model, ["layer5"], 64)
     with pytest.raises(Problem, match=r"cnn2 has no layer 'layer3'"):
         grokd.Tap(Classifier("cnn2", 2, Input()), ["layer3"], 16)
+    clip = Classifier("clip:width=64,layers=1,patch=8,size=16,dim=8", 2, Input())
+    attention = next(n for n, m in clip.trunk.named_modules() if n.endswith("attn"))
+    with pytest.raises(Problem, match=rf"{attention} gives no map that can be compared"):
+        grokd.Tap(clip, [attention], 16)
 
 
 LAYERS = ("layer2", "layer3", "layer4", "pooled")
@@ -301,11 +307,13 @@ def test_training_step_of_any_pair_at_224_pixels(
 
 
 def test_unequal_widths_are_refused_where_they_must_agree() -> None:
-    for change in ({"adapters": "shared"}, {"feature_weights": "agree"},
+    for change in ({"adapters": "shared"}, {"feature_weights": "agree"}, {"feature_dropout": 0.5},
                    {"feature_weights": "agre", "feature_space": "adapted"}):
         with pytest.raises(Problem, match=r"layer layer2: the networks have 64, 32"):
-            build(replace(Distill(gamma=(0.5,), layers=("layer2",)), **change),  # type: ignore
+            build(replace(Distill(gamma=(0.5,), layers=("layer2",)), **change),
                   "cnn2", ["cnn2", "resnet8"], "cnn2")
+    attention = replace(MSE, feature_loss="attention")  # has no adapters that could be shared
+    assert build(attention, "cnn2", ["cnn2", "resnet8"])[0].shared == [False]
 
 
 STUDENTS = '''

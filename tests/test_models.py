@@ -118,8 +118,9 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
             grokd.build_model("cnn2", str(tmp_path / name), 2, Input(), 0)
     with pytest.raises(Problem, match=r"resnet18 has no weights 'IMAGENET1K_V3'; did you mean"):
         grokd.build_model("resnet18", "IMAGENET1K_V3", 2, Input(), 0)
-    with pytest.raises(Problem, match=r"cnn2 has no weights 'DEFAULT'"):
-        grokd.build_model("cnn2", "DEFAULT", 2, Input(), 0)
+    for arch in ("cnn2", "clip:width=64,layers=1,patch=8,size=16,dim=8"):
+        with pytest.raises(Problem, match=rf"{arch} has no weights 'DEFAULT'"):
+            grokd.build_model(arch, "DEFAULT", 2, Input(), 0)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "inception_v3"])

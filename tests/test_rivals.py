@@ -84,7 +84,9 @@ def test_group_dro_leaves_out_an_image_that_is_shown_in_vain() -> None:
 def test_huge_losses_leave_finite_shares() -> None:
     shares = grokd.GroupShares(torch.tensor([0, 1]), 2, eta=1.0)
     weights = shares(batch_of([0, 1]), torch.tensor([1e6, 0.0]))
-    assert weights.tolist() == [2, 0] and shares.q.tolist() == [1, 0]
+    assert weights.tolist() == pytest.approx([2, 0]) and shares.q.tolist() == pytest.approx([1, 0])
+    alone = shares(batch_of([1]), torch.tensor([2.0]))  # of the group that lost all but nothing
+    assert torch.isfinite(alone).all() and torch.isfinite(shares.q).all()
 
 
 # DeDiER's weights, and what weights multiply
@@ -207,6 +209,7 @@ class Made(NamedTuple):
     folder: Path
     jobs: dict[str, grokd.Job]
     before: dict[str, dict[str, Tensor]]
+    readings: list[Tensor]  # DeDiER's weights after each epoch
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +219,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     with open(folder / "tiny.py", "a") as recipe:
         recipe.write(STUDENTS)
     jobs, before, fit = dict[str, grokd.Job](), dict[str, dict[str, Tensor]](), grokd.fit
+    readings: list[Tensor] = []
 
     def spied(job: grokd.Job, runtime: grokd.Runtime) -> grokd.Progress:
         name = job.artefact.name.split("/")[1]
         jobs[name], before[name] = job, copy.deepcopy(job.model.state_dict())
+        after_epoch = job.after_epoch
+
+        def read(epoch: int) -> None:
+            after_epoch(epoch)
+            readings.append(job.model.samples.weights.clone())  # type: ignore
+
+        if name == "dedier":
+            job.after_epoch = read
         return fit(job, runtime)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -227,7 +239,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         patch.setattr(grokd, "fit", spied)
         patch.setattr(grokd, "BLOCK", 4)  # as a herd has it: several blocks of few images
         grokd.command_line(["run", "tiny.py", "--precision", "float64"])
-        yield Made(folder, jobs, before)
+        yield Made(folder, jobs, before, readings)
 
 
 def weights_of(folder: Path, student: str) -> dict[str, Tensor]:
@@ -239,14 +251,44 @@ def test_dediers_readout_never_changes_the_student(made: Made) -> None:
     one, other = (weights_of(made.folder, name) for name in ("average", "dedier-beta0"))
     assert one.keys() == other.keys() and any("running_mean" in key for key in one)
     assert all(torch.equal(one[key], other[key]) for key in one)
-    assert made.jobs["dedier-beta0"].after_epoch is not grokd.nothing
+
+
+def test_dedier_weighs_anew_after_every_epoch_but_the_last(made: Made) -> None:
+    first, second, last = made.readings
+    for weights in (first, second):
+        assert weights.shape == (20,) and ((weights == 1) | (weights > math.e)).all()
+        assert 0 < (weights > 1).sum() < 20
+    assert (second < first).any() and (second > first).any()  # neither kept nor a maximum
+    assert torch.equal(last, second)
+
+
+def test_dediers_readout_is_trained_as_literally(made: Made) -> None:
+    """Batches of four in the seed's order, once; the weights of all images by what it then says."""
+    job, runtime = made.jobs["dedier"], grokd.Runtime.start("float64")
+    model: Any = job.model
+    tap, train = grokd.Tap(model, ["layer1"], 16), job.store.split("train")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grokd, "BLOCK", 4)
+        ours = grokd.weights_by_readout(job, tap, 3, runtime)
+    torch.manual_seed(3)
+    readout = grokd.Readout(tap.widths["layer1"], 2).double()
+    optimizer = torch.optim.Adam(readout.parameters(), grokd.READOUT_LR)
+    labels = torch.from_numpy(job.store.labels[train])
+    with torch.no_grad():
+        images = job.store.view(train, torch.device("cpu"))
+        model.eval().features(images.double())
+    maps = tap.maps["layer1"]
+    for four in np.split(grokd.permutation(20, 3), 5):
+        loss = torch.nn.functional.cross_entropy(readout(maps[four]), labels[four])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    literal = grokd.readout_weights(readout(maps).detach(), labels, 0.05, 4.0)
+    torch.testing.assert_close(ours, literal)
 
 
 def test_dedier_weighs_by_a_readout_that_learns(made: Made) -> None:
     job = made.jobs["dedier"]
-    samples: Any = job.model.samples
-    weights = samples.weights
-    assert weights.shape == (20,) and ((weights == 1) | (weights > math.e)).all()
     state = copy.deepcopy(job.model.state_dict())
     runtime = grokd.Runtime.start("float64")
     tap = grokd.Tap(job.model, ["layer1"], 16)  # type: ignore[arg-type]
