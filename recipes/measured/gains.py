@@ -10,8 +10,9 @@
 `summary` writes tables of WGA and of paired differences with 95 % intervals (Student's t), and a
 figure of the gain over AVER against the headroom, one point an ensemble; `twenty` writes the
 differences of its recipe. `bad-teacher` copies the
-teachers of those runs, puts a network of random weights, or one trained on shuffled labels, in the
-place of the last one's, trains students from them, and writes a table. `selection` counts for which
+teachers of those runs, puts a network of random weights, or one trained on labels of which a share
+was shuffled, in the place of the last one's, trains students from them, and writes a table.
+`selection` counts for which
 shares departure keeps exactly the refitted teachers (--recipe and --root say of which data).
 """
 
@@ -170,16 +171,21 @@ def twenty() -> None:
     write(name, results["about"], *table_of_differences(results, PAIRS[:3], (0.2, 0.4, 1.0)))
 
 
-def spoil(out: Path, kind: str, seed: int) -> None:
+# Share of the training labels that a bad teacher has learnt shuffled; None: it has learnt nothing.
+SPOILT = {"one random": None, "all labels shuffled": 1.0, "half of them": 0.5, "a quarter": 0.25}
+
+
+def spoil(out: Path, shuffled_share: float | None, seed: int) -> None:
     """Put a bad network in the place of the last teacher, under the old one's description."""
     recipe = grokd.load_recipe("where_it_pays:bad-teacher")
     store = grokd.open_store(recipe.data, ".")
     section = recipe.teachers.of(NUM_TEACHERS - 1)
     model = grokd.build_model(section.arch[0], "random", 2, section.input, 7000 + seed)
-    if kind == "shuffled":
+    if shuffled_share:
         shuffled, train = copy.copy(store), store.split("train")
+        mixed = train[grokd.permutation(len(train), seed, 98)[: round(shuffled_share * len(train))]]
         shuffled.labels = store.labels.copy()
-        shuffled.labels[train] = store.labels[train][grokd.permutation(len(train), seed, 99)]
+        shuffled.labels[mixed] = store.labels[mixed][grokd.permutation(len(mixed), seed, 99)]
         artefact = grokd.Artefact("spoilt", out / "spoilt.safetensors", "", {}, {})
         job = grokd.Job(artefact, model, section, section.train, shuffled, 7000 + seed,
                         grokd.label_losses)
@@ -194,23 +200,26 @@ def spoil(out: Path, kind: str, seed: int) -> None:
 def bad_teacher(seeds: list[int]) -> None:
     about = grokd.origin()
     columns: dict[str, dict[str, list[float]]] = {}
-    weights: dict[str, list[float]] = {"random": [], "shuffled": []}
-    for kind in weights:
+    weights: dict[str, list[float]] = {kind: [] for kind in SPOILT}
+    skills: dict[str, list[float]] = {kind: [] for kind in SPOILT}
+    for kind, share in SPOILT.items():
         for seed in seeds:
             source = Path("runs/ensembles/where_it_pays") / str(seed)
-            out = Path("runs/ensembles/where_it_pays-bad") / kind / str(seed)
+            out = Path("runs/ensembles/where_it_pays-bad") / kind.replace(" ", "-") / str(seed)
             if not (out / "results.json").is_file():
                 shutil.rmtree(out, ignore_errors=True)
                 for part in ("teachers", "bias-model"):
                     shutil.copytree(source / part, out / part)
-                spoil(out, kind, seed)
+                spoil(out, share, seed)
             grokd.command_line([
                 "run", "where_it_pays:bad-teacher", "--teachers.seed", str(seed),
                 "--bias-model.seed", f"1{seed:03d}", "--seeds", str(seed), "--out", str(out)])
             results = json.loads((out / "results.json").read_text())
             for name, values in wga_of(results).items():
                 columns.setdefault(name, {}).setdefault(kind, []).extend(values.tolist())
-            weights[kind].append(results["ensembles"][0]["teachers"][-1]["weight"])
+            *good_ones, bad = results["ensembles"][0]["teachers"]
+            weights[kind].append(bad["weight"])
+            skills[kind].append(bad["skill"] / max(each["skill"] for each in good_ones))
     good = wga_of(json.loads((HERE / "where_it_pays.json").read_text()))
     rows = []
     for suffix, words in (("", ""), ("-dfr", ", head refitted")):
@@ -220,8 +229,10 @@ def bad_teacher(seeds: list[int]) -> None:
             rows.append([label + words, grokd.mean_cell(good[key].tolist()), *cells])
     shares = [f"{np.mean(values):.4f}, at most {max(values):.4f}" for values in weights.values()]
     rows.append(["weight that departure gives to it", "–", *shares])
+    spans = [f"{min(values):.2f} to {max(values):.2f}" for values in skills.values()]
+    rows.append(["its skill, over the greatest", "–", *spans])
     write("where_it_pays_bad", about,
-          ["WGA, five refitted teachers", "all good", "one random", "one of shuffled labels"], rows)
+          ["WGA, five refitted teachers", "all good", *SPOILT], rows)
 
 
 def kept_teachers(store: grokd.Store, run: Path) -> dict[int, list[bool]]:
