@@ -7,9 +7,10 @@
     python recipes/measured/gains.py bad-teacher
     python recipes/measured/gains.py selection --runs runs/ensembles/where_it_pays*/[0-9]*
 
-`summary` writes tables of WGA and of paired differences with 95 % intervals (Student's t), and a
-figure of the gain over AVER against the headroom, one point an ensemble; `twenty` writes the
-differences of its recipe. `bad-teacher` copies the
+`summary` writes tables of WGA, of paired differences with 95 % intervals (Student's t), and of how
+gains follow the headroom, and a figure of the gain over AVER against the headroom, one point an
+ensemble (--of where_it_pays_colored_mnist: of that record); `twenty` writes the differences of its
+recipe. `bad-teacher` copies the
 teachers of those runs, puts a network of random weights, or one trained on labels of which a share
 was shuffled, in the place of the last one's, trains students from them, and writes a table.
 `selection` counts for which
@@ -40,7 +41,6 @@ NAMES = {
     "average": "AVER", "agre": "AGRE", "agre-shrink0.5": "AGRE, shrink .5",
     "departure": "departure", "ca-mkd": "CA-MKD", "ae-kd": "AE-KD",
 }
-SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 NUM_TEACHERS = 5
 DEPARTURE_GAP = grokd.Distill().departure_gap
 
@@ -83,16 +83,22 @@ def by_selection(results: dict[str, Any], wga: dict[str, np.ndarray], name: str)
     return np.array(chosen)
 
 
+def shares_of(results: dict[str, Any]) -> list[float]:
+    """The shares of refitted teachers that a record has."""
+    names = [row["name"].removeprefix("average-") for row in results["rows"]]
+    return [float(name) for name in names if name.replace(".", "").isdigit()]
+
+
 def table_of_wga(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Rows of weightings under each head, columns of shares."""
-    wga = wga_of(results)
+    wga, shares = wga_of(results), shares_of(results)
 
     def cells(values: list[np.ndarray]) -> list[str]:
         return [grokd.mean_cell(each.tolist()) for each in values]
 
-    header = ["WGA by share of refitted teachers", *(f"{share:g}" for share in SHARES)]
-    teachers = [teachers_wga(results, share) for share in SHARES]
-    average = [wga[f"average-{share}"] for share in SHARES]
+    header = ["WGA by share of refitted teachers", *(f"{share:g}" for share in shares)]
+    teachers = [teachers_wga(results, share) for share in shares]
+    average = [wga[f"average-{share}"] for share in shares]
     room = [t[1] - a for t, a in zip(teachers, average, strict=True)]
     rows = [
         ["teachers, mean", *cells([mean for mean, _ in teachers])],
@@ -100,15 +106,15 @@ def table_of_wga(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ["headroom: the latter − AVER", *cells(room)],
     ]
     for name, label in NAMES.items():
-        rows.append([label, *cells([wga[f"{name}-{share}"] for share in SHARES])])
+        rows.append([label, *cells([wga[f"{name}-{share}"] for share in shares])])
     for name, label in NAMES.items():
-        refitted = [wga[f"{name}-{share}-dfr"] for share in SHARES]
+        refitted = [wga[f"{name}-{share}-dfr"] for share in shares]
         rows.append([f"{label}, head refitted", *cells(refitted)])
     for name, label in NAMES.items():
-        selected = [by_selection(results, wga, f"{name}-{share}") for share in SHARES]
+        selected = [by_selection(results, wga, f"{name}-{share}") for share in shares]
         rows.append([f"{label}, head by selection", *cells(selected)])
     for name, label in (("one-hot", "one-hot"), ("one-hot-dfr", "one-hot, head refitted")):
-        rows.append([label, *cells([wga[name]] * len(SHARES))])
+        rows.append([label, *cells([wga[name]] * len(shares))])
     return header, rows
 
 
@@ -127,18 +133,40 @@ def table_of_differences(
     return ["WGA, mean [95 % interval]", *(f"{share:g}" for share in shares)], rows
 
 
+def gains_by_headroom(results: dict[str, Any], name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each share: headroom and gain over AVER of the ensembles, own heads."""
+    wga, pairs = wga_of(results), []
+    for share in shares_of(results):
+        average = wga[f"average-{share}"]
+        room = teachers_wga(results, share)[1] - average
+        pairs.append((room, wga[f"{name}-{share}"] - average))
+    return pairs
+
+
+def table_of_headroom(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Does the headroom tell the gain: its correlation with it, and whether the signs agree."""
+    rows = []
+    for name in ("agre", "agre-shrink0.5", "departure"):
+        pairs = gains_by_headroom(results, name)
+        room, gain = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
+        counts = []
+        for of in (room > 0, room <= 0):
+            counts.append(f"{int((gain[of] > 0).sum())} of {int(of.sum())}")
+        rows.append([NAMES[name], f"{np.corrcoef(room, gain)[0, 1]:.2f}", *counts])
+    return ["gain over AVER", "correlation with headroom", "gains where headroom is above 0",
+            "gains where it is not"], rows
+
+
 def draw_gain(results: dict[str, Any]) -> bytes:
     """Gain over AVER against headroom, one point an ensemble and share (PNG)."""
-    wga = wga_of(results)
+    shares = shares_of(results)
     figure, pyplot = grokd.new_figure()
     figure.set_size_inches(9, 4)
     axes = figure.subplots(1, 2, sharey=True)
-    colours = pyplot.get_cmap("viridis", len(SHARES))
+    colours = pyplot.get_cmap("viridis", len(shares))
     for axis, name in zip(axes, ("agre", "departure"), strict=True):
-        for i, share in enumerate(SHARES):
-            average = wga[f"average-{share}"]
-            room = teachers_wga(results, share)[1] - average
-            gain = wga[f"{name}-{share}"] - average
+        pairs = gains_by_headroom(results, name)
+        for i, (share, (room, gain)) in enumerate(zip(shares, pairs, strict=True)):
             axis.scatter(room, gain, color=colours(i), s=24, label=f"{share:g} refitted")
         axis.axhline(0, color="0.7", zorder=0)
         axis.axvline(0, color="0.7", zorder=0)
@@ -157,12 +185,13 @@ def write(name: str, about: dict[str, Any], header: list[str], rows: list[list[s
     (HERE / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def summary() -> None:
-    results = json.loads((HERE / "where_it_pays.json").read_text())
+def summary(of: str) -> None:
+    results = json.loads((HERE / f"{of}.json").read_text())
     about = results["about"]  # the runs' own: their command, date and commit
-    write("where_it_pays_wga", about, *table_of_wga(results))
-    write("where_it_pays_differences", about, *table_of_differences(results, PAIRS, SHARES))
-    (HERE / "where_it_pays_gain.png").write_bytes(draw_gain(results))
+    write(f"{of}_wga", about, *table_of_wga(results))
+    write(f"{of}_differences", about, *table_of_differences(results, PAIRS, shares_of(results)))
+    write(f"{of}_headroom", about, *table_of_headroom(results))
+    (HERE / f"{of}_gain.png").write_bytes(draw_gain(results))
 
 
 def twenty() -> None:
@@ -277,13 +306,14 @@ def main() -> None:
     parser.add_argument("what", choices=("summary", "twenty", "bad-teacher", "selection"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 210, 220, 230, 240])
     parser.add_argument("--recipe", default="where_it_pays")
+    parser.add_argument("--of", default="where_it_pays", help="summary: the record")
     parser.add_argument("--root", default=".")
     parser.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs")
     args = parser.parse_args()
     if args.what == "selection" and not args.runs:
         parser.error("selection needs --runs")
     if args.what == "summary":
-        summary()
+        summary(args.of)
     elif args.what == "twenty":
         twenty()
     elif args.what == "selection":
