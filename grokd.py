@@ -7113,7 +7113,7 @@ def report(results: Mapping[str, Any], suffix: str = "") -> str:
     if results.get("analysis"):
         parts += analysis_parts(results)
     parts += sheet_parts(results)
-    parts += mistake_parts(results, suffix)
+    parts += mistake_parts(results)
     return "\n\n".join([*parts, *detail_parts(results)]) + "\n"
 
 
@@ -7259,7 +7259,7 @@ def sheet_parts(results: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def mistake_parts(results: Mapping[str, Any], suffix: str) -> list[str]:
+def mistake_parts(results: Mapping[str, Any]) -> list[str]:
     """Where two students look in images which one of them gets wrong."""
     found = results.get("mistakes")
     if not found:
@@ -7274,7 +7274,7 @@ def mistake_parts(results: Mapping[str, Any], suffix: str) -> list[str]:
         text += f" Right of them the same images by {others[0]}."
     for name in found["without_map"]:
         text += f" {name} has none: its head does not read a mean over positions."
-    return ["## Where it looks", text, f"![Mistakes](mistakes{suffix}.png)"]
+    return ["## Where it looks", text, "![Mistakes](mistakes.png)"]
 
 
 def choice_text(results: Mapping[str, Any]) -> str:
@@ -7778,12 +7778,12 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
     if ctx.runtime.accelerator.is_main_process:
         if ctx.recipe.eval.probes:
             results["probes"] = probe_models(ctx, by_trunk)
-        suffix = "-models" if paths else ""
         results["sizes"] = describe_sizes(models, ctx)
         results["training"] = training_curves(models, results["choice"])
-        results["sheets"] = [] if paths else find_sheets(ctx)
-        results["mistakes"] = show_mistakes(models, logits[split], results["choice"], suffix, ctx)
-        write_report(results, ctx.out, suffix)
+        if not paths:
+            results["sheets"] = find_sheets(ctx)
+            results["mistakes"] = show_mistakes(models, logits[split], results["choice"], ctx)
+        write_report(results, ctx.out, "-models" if paths else "")
     ctx.runtime.accelerator.wait_for_everyone()
 
 
@@ -8197,13 +8197,13 @@ MISTAKES, MOST_GROUPS = 3, 12  # images of a group; groups, the worst first
 
 def show_mistakes(
     models: Sequence[Scored], logits: Mapping[Scored, Tensor], choice: Mapping[str, Any],
-    suffix: str, ctx: Context,
+    ctx: Context,
 ) -> dict[str, Any]:
     """The images of every group that a plain student is surest about and gets wrong; draws where it
     and the recommended student look in them. Empty without students or without mistakes."""
     by_row: dict[str, Scored] = {}
     for model in models:
-        if model.row in ctx.students:
+        if model.name.startswith("students/"):  # those made with flags too
             by_row.setdefault(model.row, model)
     if not by_row:
         return {}
@@ -8223,14 +8223,15 @@ def show_mistakes(
         return {}
     results: dict[str, Any] = {"students": [model.row for model in looked_at], "groups": found}
     drawn, results["without_map"] = draw_mistakes(results, looked_at, ctx)
-    write_file(ctx.out / f"mistakes{suffix}.png", drawn)
+    write_file(ctx.out / "mistakes.png", drawn)
     return results
 
 
 def plain_student(by_row: Mapping[str, Scored], ctx: Context) -> str:
     """The first student that learns from labels alone and keeps its head; else the first one."""
     for name in by_row:
-        if not ctx.students[name].has_teachers and ctx.students[name].head == "own":
+        student = ctx.students.get(name)
+        if student and not student.has_teachers and student.head == "own":
             return name
     return next(iter(by_row))
 
