@@ -266,7 +266,7 @@ def test_run_ends_with_the_student_to_ship_and_reports_the_teachers(
     recipe = (images / "tiny.py").read_text() + STUDENTS
     (images / "tiny.py").write_text(recipe)
     printed = grokd_process("run", "tiny.py", cwd=images).stdout
-    assert printed.index("Ship this one: ") > printed.index("| departure")
+    assert printed.index("Ship this one: ") > printed.rindex("| departure")
     assert "Teachers' departure from the biased model" in printed
     results = json.loads((images / "runs/tiny/results.json").read_text())
     choice = results["choice"]
