@@ -10356,7 +10356,9 @@ def parse(kind: Any, default: Any, args: Sequence[str], prog: str, description: 
 
 def default_out(name: str) -> str:
     """Where results of a recipe stand unless --out says otherwise."""
-    return f"runs/{Path(name).stem.replace(':', '-')}"
+    file, _, variant = name.partition(":")
+    parts = [Path(file).name.removesuffix(".py"), variant]
+    return f"runs/{'-'.join(part for part in parts if part)}"
 
 
 class Own(NamedTuple):

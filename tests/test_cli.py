@@ -168,6 +168,15 @@ def test_problems_leave_by_exit_status_without_a_traceback(
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name, out", [
+    ("digits", "digits"), ("colored_mnist:98", "colored_mnist-98"),
+    ("colored_mnist:99", "colored_mnist-99"), ("colored_mnist:99.5", "colored_mnist-99.5"),
+    ("recipes/rivals.py", "rivals"), ("recipes/rivals.py:digits", "rivals-digits"),
+])
+def test_every_variant_of_a_recipe_has_a_folder_of_its_own(name: str, out: str) -> None:
+    assert grokd.default_out(name) == f"runs/{out}"
+
+
 def test_recipe_finds_the_one_grokd_module(images: Path) -> None:
     assert type(grokd.load_recipe(str(images / "tiny.py"))) is grokd.Recipe
 
