@@ -10698,8 +10698,8 @@ def command_line(argv: Sequence[str]) -> None:
     if torch.cuda.is_available():
         memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
     say(f"Took {time.monotonic() - began:.0f} s, at most {memory}.")
-    if command in NEXT:
-        say(f"Next: {next_command(command, name, common)}")
+    if command in NEXT and not own.models:
+        say(f"Next: {next_command(command, name, loaded, common)}")
     runtime.accelerator.end_training()
 
 
@@ -10709,13 +10709,15 @@ NEXT = {
 }
 
 
-def next_command(command: str, name: str, common: Common) -> str:
-    """What to type when a command is done."""
+def next_command(command: str, name: str, recipe: Recipe, common: Common) -> str:
+    """What to type when a command is done, with the flags that differ from the recipe as it is."""
     words = ["python", "grokd.py", NEXT[command], name]
-    defaults = Common(out=default_out(name))
+    defaults = Common(recipe.root, default_out(name), recipe.seeds)
     for flag in ("root", "out", "precision"):
         if getattr(common, flag) != getattr(defaults, flag):
             words += [f"--{flag}", getattr(common, flag)]
+    if common.seeds != defaults.seeds:
+        words += ["--seeds", *map(str, common.seeds)]
     return shlex.join(words)
 
 

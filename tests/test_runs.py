@@ -284,7 +284,7 @@ def test_tensorboard_holds_losses_weights_groups_images_and_hyperparameters(fini
 
 def test_given_models_are_scored_alone(copy: Path, command: Grokd) -> None:
     path = "runs/tiny/students/agre/seed1/model.safetensors"
-    command(copy, "eval", "--models", path)
+    assert "\nNext: " not in command(copy, "eval", "--models", path)
     alone = results(copy, "results-models.json")
     assert list(alone) == [path]
     assert alone[path][0]["groups"] == results(copy)["agre"][1]["groups"]
