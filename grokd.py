@@ -7948,11 +7948,15 @@ def selection_wga(
 
 
 def networks_behind(artefact: Artefact) -> set[str]:
-    """The networks that had to be trained before an artefact; heads of one network count once."""
+    """The networks that had to be trained before an artefact: sets of images are none, nor are
+    refitted heads, copies, and what was given finished."""
     names: set[str] = set()
     for parent in artefact.parents.values():
-        is_teacher = parent.name.startswith("teachers/")
-        names |= {str(Path(parent.name).parent) if is_teacher else parent.name}
+        is_set = parent.name.startswith("augmented/")
+        is_refitted = parent.name.endswith("/dfr")
+        is_copy = parent.name.startswith("bias-model/") and parent.parents
+        if not (is_set or is_refitted or is_copy) and parent.settings["epochs"]:
+            names.add(parent.name)
         names |= networks_behind(parent)
     return names
 

@@ -249,6 +249,25 @@ def test_one_seed_ties_within_one_image() -> None:
     assert rank({"one-hot-dfr": [80], "average": [82.1]}, costs)[0] == "average"
 
 
+def made(name: str, *parents: grokd.Artefact, epochs: int = 3) -> grokd.Artefact:
+    """An artefact of so many epochs and such parents."""
+    settings = {} if name.startswith("augmented/") else {"epochs": epochs}
+    return grokd.Artefact(name, Path(name), "", settings, {each.name: each for each in parents})
+
+
+def test_networks_behind_a_student_are_those_that_were_trained() -> None:
+    trained, given = made("teachers/0/erm"), made("teachers/1/erm", epochs=0)
+    refitted = [made("teachers/0/dfr", trained), made("teachers/1/dfr", given, epochs=0)]
+    assert grokd.networks_behind(made("students/a/seed0/model", *refitted)) == {"teachers/0/erm"}
+    helper = made("bias-model/model", trained)  # a copy of teacher 0
+    assert grokd.networks_behind(made("students/b/seed0/model", helper)) == {"teachers/0/erm"}
+    biased = made("bias-model/model")
+    images = made("augmented/c/seed0/done", *refitted, made("students/a/seed0/model", *refitted),
+                  made("generator/done"))
+    assert grokd.networks_behind(made("students/c/seed0/model", images, biased)) == {
+        "teachers/0/erm", "students/a/seed0/model", "generator/done", "bias-model/model"}
+
+
 STUDENTS = '''
 from dataclasses import replace
 recipe = replace(recipe, students={
