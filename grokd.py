@@ -7086,9 +7086,9 @@ def report(results: Mapping[str, Any], suffix: str = "") -> str:
     others wrote them."""
     about = results["about"]
     parts = [f"# {about['recipe']}: accuracy by group, {about['split']} images, per cent"]
-    if results.get("choice"):
+    if results["choice"].get("ship"):
         parts += ["## Ship this one", choice_text(results)]
-    parts += headroom_texts(results)
+    parts += no_choice_texts(results) + headroom_texts(results)
     parts += ["## Accuracy", *accuracy_parts(results), f"![Accuracy by group](groups{suffix}.png)"]
     if results["left_out"]:
         parts += ["## Left out", "\n".join(f"- {line}" for line in results["left_out"])]
@@ -7189,10 +7189,10 @@ def terminal_summary(results: Mapping[str, Any]) -> str:
         "sample standard deviation over models",
         table(header, rows),
     ]
-    if results.get("choice"):
+    if results["choice"].get("ship"):
         chosen = choice_text(results).replace("**", "").replace("\n\n", " ")
         texts.append(f"Ship this one: {chosen}")
-    texts += headroom_texts(results)
+    texts += no_choice_texts(results) + headroom_texts(results)
     if left_out := results["left_out"]:
         texts.append(f"Left out: {len(left_out)} models, as the report says, such as {left_out[0]}")
     return "\n\n".join(
@@ -7312,7 +7312,15 @@ def choice_text(results: Mapping[str, Any]) -> str:
             f"needs the fewest networks before it ({networks[ship]}; {dearest}: "
             f"{networks[dearest]})."
         )
+    if choice["left_out"]:
+        text += f" Not compared, since they lack some seed: {', '.join(choice['left_out'])}."
     return text
+
+
+def no_choice_texts(results: Mapping[str, Any]) -> list[str]:
+    """Why none of several students is recommended, if that is so."""
+    why = results["choice"].get("why_none")
+    return [f"No student is recommended: {why}."] if why else []
 
 
 def headroom_texts(results: Mapping[str, Any]) -> list[str]:
@@ -7907,21 +7915,50 @@ def headroom(
 def choose_student(
     models: Sequence[Scored], inferred: Inferred, ctx: Context
 ) -> dict[str, Any]:
-    """The student to ship and the runner-up, by worst-group accuracy on the selection part: the
-    validation images that refitted no head. Empty without such a part, or with a single student.
+    """The student to ship and the runner-up, by worst-group accuracy on the selection part, the
+    validation images that refitted no head, of students that have all seeds of the run. Otherwise
+    `why_none` alone; empty with less than two students.
 
     Without attributes groups are the inferred ones, or classes where there are none of these.
     """
-    students = [model for model in models if model.name.startswith("students/")]
-    num_images = len(ctx.store.split("selection"))
-    if not num_images or len({model.row for model in students}) < 2:
+    students, left_out = students_of_all_seeds(models, ctx)
+    rows = {model.row for model in students}
+    if len(rows) + len(left_out) < 2:
         return {}
+    num_images = len(ctx.store.split("selection"))
+    if not num_images:
+        return {"why_none": "no validation image is left that refitted no head (Data.reweighting)"}
+    if len(rows) < 2:
+        seeds, others = ", ".join(map(str, ctx.recipe.seeds)), ", ".join(left_out)
+        why = f"fewer than two have all seeds of the run ({seeds}); some are lacking of {others}"
+        return {"why_none": why}
     groups, by = selection_groups(inferred, ctx)
     wga = selection_wga(students, groups, ctx)
     costs = {model.row: len(networks_behind(ctx.described(model.name))) for model in students}
     sizes = np.bincount(groups)
     chosen = rank_students(wga, costs, 100 / sizes[sizes > 0].min())
-    return {**chosen, "images": num_images, "by": by} if chosen else {}
+    return {**chosen, "left_out": left_out, "images": num_images, "by": by}
+
+
+def students_of_all_seeds(
+    models: Sequence[Scored], ctx: Context
+) -> tuple[list[Scored], list[str]]:
+    """The students that have all seeds of the run, with these alone, and the names of the others.
+
+    Those on disk with other seeds would leave fewer, or none, over which to pair the rest.
+    """
+    folders = {f"seed{seed}" for seed in ctx.recipe.seeds}
+    by_row: dict[str, list[Scored]] = {}
+    for model in models:
+        if model.name.startswith("students/"):
+            of_row = by_row.setdefault(model.row, [])
+            if model.path.parent.name in folders:
+                of_row.append(model)
+    left_out = [row for row, of_row in by_row.items() if len(of_row) < len(folders)]
+    students = [
+        model for row, of_row in by_row.items() if row not in left_out for model in of_row
+    ]
+    return students, left_out
 
 
 def selection_groups(inferred: Inferred, ctx: Context) -> tuple[np.ndarray, str]:
@@ -7937,7 +7974,7 @@ def selection_wga(
     students: Sequence[Scored], groups: np.ndarray, ctx: Context
 ) -> dict[str, dict[str, float]]:
     """WGA of students on the selection part, in per cent: row -> seed0 -> 90.0."""
-    logits = logits_of({model.name: [model] for model in students}, ctx, "selection")
+    logits = logits_of(trunks_of(students), ctx, "selection")
     labels = ctx.store.labels[ctx.store.split("selection")]
     wga: dict[str, dict[str, float]] = {}
     for model in students:
@@ -7966,13 +8003,11 @@ def rank_students(
 ) -> dict[str, Any]:
     """The student to ship and the next one, of WGA by student and seed, in per cent (ours).
 
-    The best mean over the seeds that all have; students whose paired difference to it is within
+    The best mean over the seeds, which all have; students whose paired difference to it is within
     one standard error are tied with it (with one seed: within `one_image` of the smallest group),
     and the one that needs the fewest networks is taken.
     """
-    seeds = sorted(set.intersection(*(set(values) for values in wga.values())))
-    if not seeds:
-        return {}
+    seeds = [*next(iter(wga.values()))]
     means = {name: float(np.mean([values[s] for s in seeds])) for name, values in wga.items()}
 
     def is_tied(best: str, other: str) -> bool:
@@ -8120,7 +8155,7 @@ def training_curves(
 ) -> list[dict[str, Any]]:
     """Loss and validation WGA by epoch, mean over the models of a row, of rows that were trained;
     the recommended ones first."""
-    first = [choice[key] for key in ("ship", "runner_up") if choice]
+    first = [choice[key] for key in ("ship", "runner_up") if key in choice]
     found = []
     for row in dict.fromkeys([*first, *(model.row for model in models)]):
         paths = [model.path for model in models if model.row == row]
@@ -8651,12 +8686,13 @@ def student_to_export(ctx: Context) -> Artefact:
     if has_selection and ctx.store.num_attributes == 1:
         inferred = inferred_parts(ctx)
     if not name and len(names) > 1:
-        name = choose_student(students, inferred, ctx).get("ship", "")
-        if not name:
+        choice = choose_student(students, inferred, ctx)
+        if "why_none" in choice:
             raise Problem(
-                "No student can be recommended without validation images that refitted no head, "
-                f"and seeds that all have: name one with --student: {', '.join(names)}."
+                f"No student is recommended: {choice['why_none']}. Name one with --student: "
+                f"{', '.join(names)}."
             )
+        name = choice["ship"]
     members = [model for model in students if model.row == (name or names[0])]
     best = members[0]
     if has_selection and len(members) > 1:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_report import results_of
 from torch import Tensor
 
 import grokd
@@ -266,6 +268,54 @@ def test_networks_behind_a_student_are_those_that_were_trained() -> None:
                   made("generator/done"))
     assert grokd.networks_behind(made("students/c/seed0/model", images, biased)) == {
         "teachers/0/erm", "students/a/seed0/model", "generator/done", "bias-model/model"}
+
+
+def found(**seeds: Sequence[int]) -> list[grokd.Scored]:
+    """Students on disk, with their seeds."""
+    names = [(row, f"students/{row}/seed{s}/model") for row, each in seeds.items() for s in each]
+    return [grokd.Scored(row, name, Path(f"{name}.safetensors")) for row, name in names]
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, models: list[grokd.Scored], seeds: tuple[int, ...],
+    num_images: int = 4,
+) -> dict[str, Any]:
+    """The choice among students, of whom the later ones are better."""
+    monkeypatch.setattr(grokd, "selection_wga", lambda students, groups, ctx: {
+        row: {m.path.parent.name: 10.0 * i for m in students if m.row == row}
+        for i, row in enumerate(dict.fromkeys(model.row for model in students))})
+    monkeypatch.setattr(grokd, "selection_groups", lambda *_: (np.array([0, 0, 1, 1]), "known"))
+    ctx: Any = SimpleNamespace(
+        recipe=SimpleNamespace(seeds=seeds), described=made,
+        store=SimpleNamespace(split=lambda part: np.arange(num_images)))
+    return grokd.choose_student(models, grokd.Inferred("", {}), ctx)
+
+
+def test_students_without_all_seeds_of_the_run_are_not_compared(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = found(a=(0, 1), b=(0, 1, 2), c=(1,), d=(7,))
+    choice = chosen(monkeypatch, models, (0, 1))
+    assert (choice["ship"], choice["runner_up"], choice["left_out"]) == ("b", "a", ["c", "d"])
+    assert choice["seeds"] == ["seed0", "seed1"]
+    results = results_of(["g"], ["a", "b", "c", "d"], ["cnn2"]) | {"choice": choice}
+    assert "Not compared, since they lack some seed: c, d." in grokd.choice_text(results)
+    assert chosen(monkeypatch, found(a=(0, 1)), (0, 1)) == {}
+
+
+@pytest.mark.parametrize("seeds, num_images, why", [
+    ((0, 1), 0, "no validation image is left that refitted no head (Data.reweighting)"),
+    ((0, 9), 4, "fewer than two have all seeds of the run (0, 9); some are lacking of a, b"),
+])
+def test_missing_recommendation_is_said_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, seeds: tuple[int, ...], num_images: int, why: str
+) -> None:
+    choice = chosen(monkeypatch, found(a=(0, 1), b=(0, 1)), seeds, num_images)
+    assert choice == {"why_none": why}
+    results = results_of(["g"], ["a", "b"], ["cnn2"]) | {"choice": choice}
+    for text in (grokd.report(results), grokd.terminal_summary(results)):
+        assert f"No student is recommended: {why}." in " ".join(text.split())
+        assert "Ship this one" not in text
 
 
 STUDENTS = '''
