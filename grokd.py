@@ -7303,18 +7303,28 @@ def choice_text(results: Mapping[str, Any]) -> str:
         f"{choice['images']} validation images that refitted no head, {of_seeds}; never on "
         "test."
     )
-    others = [name for name in choice["tied"] if name != ship]
-    if others:
-        networks = choice["networks"]
-        dearest = max(others, key=lambda name: networks[name])
-        text += (
-            f" Within one standard error of the best: {', '.join([ship, *others])}; of these it "
-            f"needs the fewest networks before it ({networks[ship]}; {dearest}: "
-            f"{networks[dearest]})."
-        )
+    if len(choice["tied"]) > 1:
+        text += f" {tie_text(choice)}"
     if choice["left_out"]:
         text += f" Not compared, since they lack some seed: {', '.join(choice['left_out'])}."
     return text
+
+
+def tie_text(choice: Mapping[str, Any]) -> str:
+    """Which students are tied with the best, and what decided between them."""
+    ship, networks = choice["ship"], choice["networks"]
+    others = [name for name in choice["tied"] if name != ship]
+    margin = "standard error" if len(choice["seeds"]) > 1 else "image of the smallest group"
+    text = f"No more than one {margin} below the best: {', '.join([ship, *others])}; "
+    fewest, dearest = networks[ship], max(others, key=lambda name: networks[name])
+    alike = [name for name in others if networks[name] == fewest]
+    if len(alike) == len(others):
+        return f"{text}each needs as many networks before it ({fewest}), and it has the best mean."
+    text += f"of these it needs the fewest networks before it ({fewest}; {dearest}: "
+    text += f"{networks[dearest]})"
+    if alike:
+        text += f", as many as {', '.join(alike)}, and the best mean of those"
+    return f"{text}."
 
 
 def no_choice_texts(results: Mapping[str, Any]) -> list[str]:

@@ -270,6 +270,29 @@ def test_networks_behind_a_student_are_those_that_were_trained() -> None:
         "teachers/0/erm", "students/a/seed0/model", "generator/done", "bias-model/model"}
 
 
+NOISE = {"a": [95, 90, 85], "b": [89, 84, 94], "c": [84, 94, 89]}
+ONE_IMAGE = {"a": [90], "b": [89], "c": [88]}
+
+
+@pytest.mark.parametrize("values, costs, told", [
+    (NOISE, (5, 0, 5), "No more than one standard error below the best: b, a, c; of these it needs "
+     "the fewest networks before it (0; a: 5)."),
+    (ONE_IMAGE, (5, 5, 5), "No more than one image of the smallest group below the best: a, b, c; "
+     "each needs as many networks before it (5), and it has the best mean."),
+    (ONE_IMAGE, (2, 2, 5), "No more than one image of the smallest group below the best: a, b, c; "
+     "of these it needs the fewest networks before it (2; c: 5), as many as b, and the best mean "
+     "of those."),
+])
+def test_ties_are_told_with_what_decided_them(
+    values: Mapping[str, Sequence[float]], costs: Sequence[int], told: str
+) -> None:
+    wga = {name: {f"seed{s}": x for s, x in enumerate(each)} for name, each in values.items()}
+    choice = grokd.rank_students(wga, dict(zip("abc", costs, strict=True)), one_image=2.0)
+    choice |= {"left_out": [], "images": 4}
+    results = results_of(["g"], [*"abc"], ["cnn2"]) | {"choice": choice}
+    assert grokd.choice_text(results).endswith(f"; never on test. {told}")
+
+
 def found(**seeds: Sequence[int]) -> list[grokd.Scored]:
     """Students on disk, with their seeds."""
     names = [(row, f"students/{row}/seed{s}/model") for row, each in seeds.items() for s in each]
