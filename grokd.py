@@ -9343,11 +9343,11 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
     for key in recipe.students.keys() & recipe.augments.keys():
         raise Problem(f"{name}: {key!r} names a student and a set of images.")
     original = original or recipe
+    students = {**original.students, **recipe.students}
     check_references(
-        recipe, name,
-        students={**original.students, **recipe.students},
-        augments={**original.augments, **recipe.augments},
+        recipe, name, students=students, augments={**original.augments, **recipe.augments}
     )
+    check_compared(recipe, name, students)
     for place, section in sections_of(recipe):
         for setting in settings_in(section):
             outside = not setting.active and setting.value != setting.default
@@ -9431,6 +9431,21 @@ def check_references(
             f"{name}: {circle} wait for each other: see start, helper and augmented of the "
             "students, student and like of the sets."
         ) from None
+
+
+def check_compared(recipe: Recipe, name: str, students: Mapping[str, Distill]) -> None:
+    """Raise Problem for a baseline that is no student, with or without what flags set, and for
+    published columns that no report has. Published rows are free: a variant of a recipe may keep
+    those of students that it dropped."""
+    baseline, columns = recipe.eval.baseline, list(COLUMNS)
+    if baseline and not {baseline, baseline.partition("+")[0]} & students.keys():
+        hint = suggest(baseline, [*students])
+        raise Problem(f"{name}: eval.baseline = {baseline!r} names no student{hint}.")
+    for row, figures in recipe.published.items():
+        for column in figures:
+            if column.removesuffix("_std") not in columns:
+                hint = suggest(column, columns)
+                raise Problem(f"{name}: published[{row!r}] has a column {column!r}{hint}.")
 
 
 def check_student(
