@@ -3777,11 +3777,13 @@ def checksum_fits(path: Path, size: int, changed: int) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file, or a JSON file; raises Problem if it cannot be read, or is
-    not as its checksum says (older files have none)."""
+    """Metadata of a safetensors file, or a JSON file; raises Problem if it is neither, cannot be
+    read, or is not as its checksum says (older files have none)."""
     require_file(path)
     if path.suffix == ".json":
         return read_json(path)
+    if path.suffix != ".safetensors":
+        raise Problem(f"{path} was not written by grokd: its models end in .safetensors.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -10305,7 +10307,7 @@ STUDENTS = (
     "output's name. Values shown here are the first one's."
 )
 SETS = "Sets to make, by name; all if none is named. Otherwise as for --student of distill."
-MODELS = "Score just these files, whoever made them."
+MODELS = "Score just these weights files of grokd's, whichever recipe or run they are of."
 DRY_RUN = (
     "Make nothing: count what is to be made, its disk space, memory and hours. Every kind of step "
     "is timed for some seconds on a few images, on this device, in a temporary folder. One process "

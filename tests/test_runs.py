@@ -284,6 +284,10 @@ def test_tensorboard_holds_losses_weights_groups_images_and_hyperparameters(fini
 
 def test_given_models_are_scored_alone(copy: Path, command: Grokd) -> None:
     path = "runs/tiny/students/agre/seed1/model.safetensors"
+    torch.save({"fc.weight": torch.ones(2, 3)}, copy / "mine.pth")
+    with pytest.raises(Problem, match=r"mine.pth was not written by grokd") as refused:
+        command(copy, "eval", "--models", "mine.pth")
+    assert "delete" not in str(refused.value)
     assert "\nNext: " not in command(copy, "eval", "--models", path)
     alone = results(copy, "results-models.json")
     assert list(alone) == [path]
