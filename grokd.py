@@ -7906,8 +7906,10 @@ def headroom(
     """What averaging loses: WGA of the teachers that depart, and of AVER's student (ours).
 
     The teachers' is the mean by the weights of `departure`, so that biased ones do not count.
-    Empty if no student of it is plain AVER.
+    Empty if no student of it is plain AVER, or if groups are classes, for want of an attribute.
     """
+    if ctx.store.num_attributes == 1:
+        return {}
     weights = [teacher["weight"] for teacher in ensemble["teachers"]]
     wga = {member["name"]: member["wga"] for members in rows.values() for member in members}
     teachers = [wga.get(teacher["name"]) for teacher in ensemble["teachers"]]

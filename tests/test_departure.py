@@ -225,6 +225,21 @@ def test_labels_are_weighed_by_the_mean_weight_of_a_sample() -> None:
         assert float(value[i]) == pytest.approx(0.75 * labelled + 0.25 * distilled, rel=1e-5)
 
 
+@pytest.mark.parametrize("num_attributes", [2, 1])
+def test_headroom_needs_group_labels(num_attributes: int) -> None:
+    teachers = [{"name": f"teachers/{i}/dfr", "weight": weight} for i, weight in enumerate((1, 0))]
+    rows = {
+        "teachers, DFR": [{"name": f"teachers/{i}/dfr", "wga": 90.0 - 40 * i} for i in range(2)],
+        "a": [{"name": "students/a/seed0/model", "wga": 75.0}],
+    }
+    ctx: Any = SimpleNamespace(
+        store=SimpleNamespace(num_attributes=num_attributes),
+        students={"a": grokd.Distill("average")})
+    room = grokd.headroom({"students": ["a"], "teachers": teachers}, rows, ctx)
+    known = {"student": "a", "teachers": 90.0, "average": 75.0}
+    assert room == (known if num_attributes > 1 else {})
+
+
 # The student to ship
 
 
