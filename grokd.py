@@ -5547,6 +5547,8 @@ def run_teachers(ctx: Context) -> None:
     say(f"\nTeachers, validation ({part}), per cent:", table(header, rows), "")
     if "distill" not in ctx.makes:  # which prints it too
         print_departures(ctx)
+        if ensembles_of(ctx) and not all_finished(ctx.biased(), ctx):
+            say("`bias-model` makes the biased model, and shows how far they depart from it.")
 
 
 def train_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
@@ -5603,6 +5605,8 @@ def run_bias_model(ctx: Context) -> None:
     for _ in jobs:
         make([artefact], build, ctx, runtime)
     ctx.runtime.accelerator.wait_for_everyone()
+    if "distill" not in ctx.makes:
+        print_departures(ctx)
 
 
 def bias_job(ctx: Context, runtime: Runtime) -> Job:
@@ -5790,7 +5794,8 @@ def departure_table(teachers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def print_departures(ctx: Context) -> None:
-    """The teachers that students are about to learn from."""
+    """The teachers that students are about to learn from, as far as they and the biased model are
+    there."""
     for ensemble in describe_ensembles(ctx):
         say(
             "\nTeachers' departure from the biased model, training images (weight: of departure):",

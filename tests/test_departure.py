@@ -121,6 +121,12 @@ def test_teachers_that_are_the_biased_model_count_alike() -> None:
     assert torch.isnan(same.disputed).all()  # they disagree nowhere
 
 
+def made(name: str, *parents: grokd.Artefact, epochs: int = 3) -> grokd.Artefact:
+    """An artefact of so many epochs and such parents."""
+    settings = {} if name.startswith("augmented/") else {"epochs": epochs}
+    return grokd.Artefact(name, Path(name), "", settings, {each.name: each for each in parents})
+
+
 def digits_model(store: Store, labels: np.ndarray, seed: int, epochs: int) -> Classifier:
     """A small network trained on the digits with some labels."""
     model = grokd.build_model("cnn2", "random", 2, grokd.Input(), seed)
@@ -167,6 +173,41 @@ def test_bad_teachers_and_biased_ones_are_left_out(
     found = mixed.measure(4.0)
     assert found.weights.tolist() == [0.5, 0.5, 0]
     assert grokd.as_biased(found, 4.0).tolist() == [False, False, True]
+
+
+def test_notes_say_why_teachers_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    distance, weights = torch.tensor([0.4, 0.6, 0.01, 0.02]), torch.tensor([1.0, 0, 0, 0])
+    some = torch.full((4,), 0.5)
+    found = Departures(distance, some, some, torch.tensor([0.9, 0.1, 0.8, 0.2]), some, weights)
+    targets = SimpleNamespace(measure=lambda gap: found)
+    monkeypatch.setattr(grokd, "frozen_targets", lambda *_: targets)
+    ctx: Any = SimpleNamespace(
+        store=None, runtime=SimpleNamespace(together=lambda: None),
+        ensemble=lambda _: [made(f"teachers/{i}/dfr") for i in range(4)])
+    rows = grokd.teacher_rows(ctx, grokd.Distill())
+    notes = ["too often wrong", *["as biased as the biased model"] * 2]
+    results = results_of(["g"], ["a", "b"], ["cnn2"])
+    results["ensembles"] = [{"students": ["a"], "teachers": rows}]
+    for text in (grokd.departure_table(rows), grokd.report(results)):
+        lines = [line for line in text.splitlines() if line.startswith("| teachers/")]
+        assert [line.strip("| ").rpartition("|")[2].strip() for line in lines[1:]] == notes
+        assert lines[0].strip("| ").endswith("1.000")
+
+
+def test_teachers_departures_are_shown_once_the_biased_model_is_there(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(images)
+    text = (images / "tiny.py").read_text().replace("BiasModel(", 'BiasModel("erm", ')
+    (images / "tiny.py").write_text(text)
+    grokd.command_line(["teachers", "tiny.py"])
+    printed = capsys.readouterr().out
+    assert "| departure" not in printed and "\n`bias-model` makes the" in printed
+    grokd.command_line(["bias-model", "tiny.py"])
+    assert "| departure" in capsys.readouterr().out
+    grokd.command_line(["teachers", "tiny.py"])
+    printed = capsys.readouterr().out
+    assert "| departure" in printed and "`bias-model` makes" not in printed
 
 
 def test_cached_departure_is_that_of_the_networks_themselves(
@@ -264,12 +305,6 @@ def test_one_seed_ties_within_one_image() -> None:
     costs = {"one-hot-dfr": 0, "average": 5}
     assert rank({"one-hot-dfr": [80], "average": [81.9]}, costs)[0] == "one-hot-dfr"
     assert rank({"one-hot-dfr": [80], "average": [82.1]}, costs)[0] == "average"
-
-
-def made(name: str, *parents: grokd.Artefact, epochs: int = 3) -> grokd.Artefact:
-    """An artefact of so many epochs and such parents."""
-    settings = {} if name.startswith("augmented/") else {"epochs": epochs}
-    return grokd.Artefact(name, Path(name), "", settings, {each.name: each for each in parents})
 
 
 def test_networks_behind_a_student_are_those_that_were_trained() -> None:
