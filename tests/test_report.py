@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -190,11 +191,11 @@ def test_long_training_says_a_line_an_epoch_and_what_to_type_next(
 
 
 def test_next_command_repeats_what_differs_from_the_recipe() -> None:
-    recipe = grokd.replace(grokd.load_recipe("digits"), root="data", seeds=(5, 6))
+    recipe = replace(grokd.load_recipe("digits"), root="data", seeds=(5, 6))
 
     def command(**flags: Any) -> str:
         common = grokd.Common("data", "runs/digits", (5, 6))
-        return grokd.next_command("run", "digits", recipe, grokd.replace(common, **flags))
+        return grokd.next_command("run", "digits", recipe, replace(common, **flags))
 
     assert command() == "python grokd.py export digits"
     assert command(root=".") == "python grokd.py export digits --root ."
