@@ -3841,11 +3841,13 @@ def checksum_fits(path: Path, size: int, changed: int) -> bool:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file, or a JSON file; raises Problem if it cannot be read, or is
-    not as its checksum says (older files have none)."""
+    """Metadata of a safetensors file, or a JSON file; raises Problem if it is neither, cannot be
+    read, or is not as its checksum says (older files have none)."""
     require_file(path)
     if path.suffix == ".json":
         return read_json(path)
+    if path.suffix != ".safetensors":
+        raise Problem(f"{path} was not written by grokd: its models end in .safetensors.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -5615,6 +5617,8 @@ def run_teachers(ctx: Context) -> None:
     say(f"\nTeachers, validation ({part}), per cent:", table(header, rows), "")
     if "distill" not in ctx.makes:  # which prints it too
         print_departures(ctx)
+        if ensembles_of(ctx) and not all_finished(ctx.biased(), ctx):
+            say("`bias-model` makes the biased model, and shows how far they depart from it.")
 
 
 def train_teacher(i: int, ctx: Context, runtime: Runtime) -> None:
@@ -5671,6 +5675,8 @@ def run_bias_model(ctx: Context) -> None:
     for _ in jobs:
         make([artefact], build, ctx, runtime)
     ctx.runtime.accelerator.wait_for_everyone()
+    if "distill" not in ctx.makes:
+        print_departures(ctx)
 
 
 def bias_job(ctx: Context, runtime: Runtime) -> Job:
@@ -5863,7 +5869,8 @@ def departure_table(teachers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def print_departures(ctx: Context) -> None:
-    """The teachers that students are about to learn from."""
+    """The teachers that students are about to learn from, as far as they and the biased model are
+    there."""
     for ensemble in describe_ensembles(ctx):
         say(
             "\nTeachers' departure from the biased model, training images (weight: of departure):",
@@ -7173,9 +7180,9 @@ def report(results: Mapping[str, Any], suffix: str = "") -> str:
     others wrote them."""
     about = results["about"]
     parts = [f"# {about['recipe']}: accuracy by group, {about['split']} images, per cent"]
-    if results.get("choice"):
+    if results["choice"].get("ship"):
         parts += ["## Ship this one", choice_text(results)]
-    parts += headroom_texts(results)
+    parts += no_choice_texts(results) + headroom_texts(results)
     parts += ["## Accuracy", *accuracy_parts(results), f"![Accuracy by group](groups{suffix}.png)"]
     if results["left_out"]:
         parts += ["## Left out", "\n".join(f"- {line}" for line in results["left_out"])]
@@ -7200,7 +7207,7 @@ def report(results: Mapping[str, Any], suffix: str = "") -> str:
     if results.get("analysis"):
         parts += analysis_parts(results)
     parts += sheet_parts(results)
-    parts += mistake_parts(results, suffix)
+    parts += mistake_parts(results)
     return "\n\n".join([*parts, *detail_parts(results)]) + "\n"
 
 
@@ -7276,10 +7283,10 @@ def terminal_summary(results: Mapping[str, Any]) -> str:
         "sample standard deviation over models",
         table(header, rows),
     ]
-    if results.get("choice"):
+    if results["choice"].get("ship"):
         chosen = choice_text(results).replace("**", "").replace("\n\n", " ")
         texts.append(f"Ship this one: {chosen}")
-    texts += headroom_texts(results)
+    texts += no_choice_texts(results) + headroom_texts(results)
     if left_out := results["left_out"]:
         texts.append(f"Left out: {len(left_out)} models, as the report says, such as {left_out[0]}")
     return "\n\n".join(
@@ -7346,7 +7353,7 @@ def sheet_parts(results: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def mistake_parts(results: Mapping[str, Any], suffix: str) -> list[str]:
+def mistake_parts(results: Mapping[str, Any]) -> list[str]:
     """Where two students look in images which one of them gets wrong."""
     found = results.get("mistakes")
     if not found:
@@ -7361,7 +7368,7 @@ def mistake_parts(results: Mapping[str, Any], suffix: str) -> list[str]:
         text += f" Right of them the same images by {others[0]}."
     for name in found["without_map"]:
         text += f" {name} has none: its head does not read a mean over positions."
-    return ["## Where it looks", text, f"![Mistakes](mistakes{suffix}.png)"]
+    return ["## Where it looks", text, "![Mistakes](mistakes.png)"]
 
 
 def choice_text(results: Mapping[str, Any]) -> str:
@@ -7390,16 +7397,34 @@ def choice_text(results: Mapping[str, Any]) -> str:
         f"{choice['images']} validation images that refitted no head, {of_seeds}; never on "
         "test."
     )
-    others = [name for name in choice["tied"] if name != ship]
-    if others:
-        networks = choice["networks"]
-        dearest = max(others, key=lambda name: networks[name])
-        text += (
-            f" Within one standard error of the best: {', '.join([ship, *others])}; of these it "
-            f"needs the fewest networks before it ({networks[ship]}; {dearest}: "
-            f"{networks[dearest]})."
-        )
+    if len(choice["tied"]) > 1:
+        text += f" {tie_text(choice)}"
+    if choice["left_out"]:
+        text += f" Not compared, since they lack some seed: {', '.join(choice['left_out'])}."
     return text
+
+
+def tie_text(choice: Mapping[str, Any]) -> str:
+    """Which students are tied with the best, and what decided between them."""
+    ship, networks = choice["ship"], choice["networks"]
+    others = [name for name in choice["tied"] if name != ship]
+    margin = "standard error" if len(choice["seeds"]) > 1 else "image of the smallest group"
+    text = f"No more than one {margin} below the best: {', '.join([ship, *others])}; "
+    fewest, dearest = networks[ship], max(others, key=lambda name: networks[name])
+    alike = [name for name in others if networks[name] == fewest]
+    if len(alike) == len(others):
+        return f"{text}each needs as many networks before it ({fewest}), and it has the best mean."
+    text += f"of these it needs the fewest networks before it ({fewest}; {dearest}: "
+    text += f"{networks[dearest]})"
+    if alike:
+        text += f", as many as {', '.join(alike)}, and the best mean of those"
+    return f"{text}."
+
+
+def no_choice_texts(results: Mapping[str, Any]) -> list[str]:
+    """Why none of several students is recommended, if that is so."""
+    why = results["choice"].get("why_none")
+    return [f"No student is recommended: {why}."] if why else []
 
 
 def headroom_texts(results: Mapping[str, Any]) -> list[str]:
@@ -7865,12 +7890,12 @@ def run_eval(ctx: Context, paths: Sequence[Path] = ()) -> None:
     if ctx.runtime.accelerator.is_main_process:
         if ctx.recipe.eval.probes:
             results["probes"] = probe_models(ctx, by_trunk)
-        suffix = "-models" if paths else ""
         results["sizes"] = describe_sizes(models, ctx)
         results["training"] = training_curves(models, results["choice"])
-        results["sheets"] = [] if paths else find_sheets(ctx)
-        results["mistakes"] = show_mistakes(models, logits[split], results["choice"], suffix, ctx)
-        write_report(results, ctx.out, suffix)
+        if not paths:
+            results["sheets"] = find_sheets(ctx)
+            results["mistakes"] = show_mistakes(models, logits[split], results["choice"], ctx)
+        write_report(results, ctx.out, "-models" if paths else "")
     ctx.runtime.accelerator.wait_for_everyone()
 
 
@@ -7973,8 +7998,10 @@ def headroom(
     """What averaging loses: WGA of the teachers that depart, and of AVER's student (ours).
 
     The teachers' is the mean by the weights of `departure`, so that biased ones do not count.
-    Empty if no student of it is plain AVER.
+    Empty if no student of it is plain AVER, or if groups are classes, for want of an attribute.
     """
+    if ctx.store.num_attributes == 1:
+        return {}
     weights = [teacher["weight"] for teacher in ensemble["teachers"]]
     wga = {member["name"]: member["wga"] for members in rows.values() for member in members}
     teachers = [wga.get(teacher["name"]) for teacher in ensemble["teachers"]]
@@ -7994,21 +8021,50 @@ def headroom(
 def choose_student(
     models: Sequence[Scored], inferred: Inferred, ctx: Context
 ) -> dict[str, Any]:
-    """The student to ship and the runner-up, by worst-group accuracy on the selection part: the
-    validation images that refitted no head. Empty without such a part, or with a single student.
+    """The student to ship and the runner-up, by worst-group accuracy on the selection part, the
+    validation images that refitted no head, of students that have all seeds of the run. Otherwise
+    `why_none` alone; empty with less than two students.
 
     Without attributes groups are the inferred ones, or classes where there are none of these.
     """
-    students = [model for model in models if model.name.startswith("students/")]
-    num_images = len(ctx.store.split("selection"))
-    if not num_images or len({model.row for model in students}) < 2:
+    students, left_out = students_of_all_seeds(models, ctx)
+    rows = {model.row for model in students}
+    if len(rows) + len(left_out) < 2:
         return {}
+    num_images = len(ctx.store.split("selection"))
+    if not num_images:
+        return {"why_none": "no validation image is left that refitted no head (Data.reweighting)"}
+    if len(rows) < 2:
+        seeds, others = ", ".join(map(str, ctx.recipe.seeds)), ", ".join(left_out)
+        why = f"fewer than two have all seeds of the run ({seeds}); some are lacking of {others}"
+        return {"why_none": why}
     groups, by = selection_groups(inferred, ctx)
     wga = selection_wga(students, groups, ctx)
     costs = {model.row: len(networks_behind(ctx.described(model.name))) for model in students}
     sizes = np.bincount(groups)
     chosen = rank_students(wga, costs, 100 / sizes[sizes > 0].min())
-    return {**chosen, "images": num_images, "by": by} if chosen else {}
+    return {**chosen, "left_out": left_out, "images": num_images, "by": by}
+
+
+def students_of_all_seeds(
+    models: Sequence[Scored], ctx: Context
+) -> tuple[list[Scored], list[str]]:
+    """The students that have all seeds of the run, with these alone, and the names of the others.
+
+    Those on disk with other seeds would leave fewer, or none, over which to pair the rest.
+    """
+    folders = {f"seed{seed}" for seed in ctx.recipe.seeds}
+    by_row: dict[str, list[Scored]] = {}
+    for model in models:
+        if model.name.startswith("students/"):
+            of_row = by_row.setdefault(model.row, [])
+            if model.path.parent.name in folders:
+                of_row.append(model)
+    left_out = [row for row, of_row in by_row.items() if len(of_row) < len(folders)]
+    students = [
+        model for row, of_row in by_row.items() if row not in left_out for model in of_row
+    ]
+    return students, left_out
 
 
 def selection_groups(inferred: Inferred, ctx: Context) -> tuple[np.ndarray, str]:
@@ -8024,7 +8080,7 @@ def selection_wga(
     students: Sequence[Scored], groups: np.ndarray, ctx: Context
 ) -> dict[str, dict[str, float]]:
     """WGA of students on the selection part, in per cent: row -> seed0 -> 90.0."""
-    logits = logits_of({model.name: [model] for model in students}, ctx, "selection")
+    logits = logits_of(trunks_of(students), ctx, "selection")
     labels = ctx.store.labels[ctx.store.split("selection")]
     wga: dict[str, dict[str, float]] = {}
     for model in students:
@@ -8035,11 +8091,15 @@ def selection_wga(
 
 
 def networks_behind(artefact: Artefact) -> set[str]:
-    """The networks that had to be trained before an artefact; heads of one network count once."""
+    """The networks that had to be trained before an artefact: sets of images are none, nor are
+    refitted heads, copies, and what was given finished."""
     names: set[str] = set()
     for parent in artefact.parents.values():
-        is_teacher = parent.name.startswith("teachers/")
-        names |= {str(Path(parent.name).parent) if is_teacher else parent.name}
+        is_set = parent.name.startswith("augmented/")
+        is_refitted = parent.name.endswith("/dfr")
+        is_copy = parent.name.startswith("bias-model/") and parent.parents
+        if not (is_set or is_refitted or is_copy) and parent.settings["epochs"]:
+            names.add(parent.name)
         names |= networks_behind(parent)
     return names
 
@@ -8049,13 +8109,11 @@ def rank_students(
 ) -> dict[str, Any]:
     """The student to ship and the next one, of WGA by student and seed, in per cent (ours).
 
-    The best mean over the seeds that all have; students whose paired difference to it is within
+    The best mean over the seeds, which all have; students whose paired difference to it is within
     one standard error are tied with it (with one seed: within `one_image` of the smallest group),
     and the one that needs the fewest networks is taken.
     """
-    seeds = sorted(set.intersection(*(set(values) for values in wga.values())))
-    if not seeds:
-        return {}
+    seeds = [*next(iter(wga.values()))]
     means = {name: float(np.mean([values[s] for s in seeds])) for name, values in wga.items()}
 
     def is_tied(best: str, other: str) -> bool:
@@ -8203,7 +8261,7 @@ def training_curves(
 ) -> list[dict[str, Any]]:
     """Loss and validation WGA by epoch, mean over the models of a row, of rows that were trained;
     the recommended ones first."""
-    first = [choice[key] for key in ("ship", "runner_up") if choice]
+    first = [choice[key] for key in ("ship", "runner_up") if key in choice]
     found = []
     for row in dict.fromkeys([*first, *(model.row for model in models)]):
         paths = [model.path for model in models if model.row == row]
@@ -8284,13 +8342,13 @@ MISTAKES, MOST_GROUPS = 3, 12  # images of a group; groups, the worst first
 
 def show_mistakes(
     models: Sequence[Scored], logits: Mapping[Scored, Tensor], choice: Mapping[str, Any],
-    suffix: str, ctx: Context,
+    ctx: Context,
 ) -> dict[str, Any]:
     """The images of every group that a plain student is surest about and gets wrong; draws where it
     and the recommended student look in them. Empty without students or without mistakes."""
     by_row: dict[str, Scored] = {}
     for model in models:
-        if model.row in ctx.students:
+        if model.name.startswith("students/"):  # those made with flags too
             by_row.setdefault(model.row, model)
     if not by_row:
         return {}
@@ -8310,14 +8368,15 @@ def show_mistakes(
         return {}
     results: dict[str, Any] = {"students": [model.row for model in looked_at], "groups": found}
     drawn, results["without_map"] = draw_mistakes(results, looked_at, ctx)
-    write_file(ctx.out / f"mistakes{suffix}.png", drawn)
+    write_file(ctx.out / "mistakes.png", drawn)
     return results
 
 
 def plain_student(by_row: Mapping[str, Scored], ctx: Context) -> str:
     """The first student that learns from labels alone and keeps its head; else the first one."""
     for name in by_row:
-        if not ctx.students[name].has_teachers and ctx.students[name].head == "own":
+        student = ctx.students.get(name)
+        if student and not student.has_teachers and student.head == "own":
             return name
     return next(iter(by_row))
 
@@ -8733,12 +8792,13 @@ def student_to_export(ctx: Context) -> Artefact:
     if has_selection and ctx.store.num_attributes == 1:
         inferred = inferred_parts(ctx)
     if not name and len(names) > 1:
-        name = choose_student(students, inferred, ctx).get("ship", "")
-        if not name:
+        choice = choose_student(students, inferred, ctx)
+        if "why_none" in choice:
             raise Problem(
-                "No student can be recommended without validation images that refitted no head, "
-                f"and seeds that all have: name one with --student: {', '.join(names)}."
+                f"No student is recommended: {choice['why_none']}. Name one with --student: "
+                f"{', '.join(names)}."
             )
+        name = choice["ship"]
     members = [model for model in students if model.row == (name or names[0])]
     best = members[0]
     if has_selection and len(members) > 1:
@@ -9379,11 +9439,11 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
     for key in recipe.students.keys() & recipe.augments.keys():
         raise Problem(f"{name}: {key!r} names a student and a set of images.")
     original = original or recipe
+    students = {**original.students, **recipe.students}
     check_references(
-        recipe, name,
-        students={**original.students, **recipe.students},
-        augments={**original.augments, **recipe.augments},
+        recipe, name, students=students, augments={**original.augments, **recipe.augments}
     )
+    check_compared(recipe, name, students)
     for place, section in sections_of(recipe):
         for setting in settings_in(section):
             outside = not setting.active and setting.value != setting.default
@@ -9467,6 +9527,21 @@ def check_references(
             f"{name}: {circle} wait for each other: see start, helper and augmented of the "
             "students, student and like of the sets."
         ) from None
+
+
+def check_compared(recipe: Recipe, name: str, students: Mapping[str, Distill]) -> None:
+    """Raise Problem for a baseline that is no student, with or without what flags set, and for
+    published columns that no report has. Published rows are free: a variant of a recipe may keep
+    those of students that it dropped."""
+    baseline, columns = recipe.eval.baseline, list(COLUMNS)
+    if baseline and not {baseline, baseline.partition("+")[0]} & students.keys():
+        hint = suggest(baseline, [*students])
+        raise Problem(f"{name}: eval.baseline = {baseline!r} names no student{hint}.")
+    for row, figures in recipe.published.items():
+        for column in figures:
+            if column.removesuffix("_std") not in columns:
+                hint = suggest(column, columns)
+                raise Problem(f"{name}: published[{row!r}] has a column {column!r}{hint}.")
 
 
 def check_student(
@@ -10326,7 +10401,7 @@ STUDENTS = (
     "output's name. Values shown here are the first one's."
 )
 SETS = "Sets to make, by name; all if none is named. Otherwise as for --student of distill."
-MODELS = "Score just these files, whoever made them."
+MODELS = "Score just these weights files of grokd's, whichever recipe or run they are of."
 DRY_RUN = (
     "Make nothing: count what is to be made, its disk space, memory and hours. Every kind of step "
     "is timed for some seconds on a few images, on this device, in a temporary folder. One process "
@@ -10442,7 +10517,9 @@ def parse(kind: Any, default: Any, args: Sequence[str], prog: str, description: 
 
 def default_out(name: str) -> str:
     """Where results of a recipe stand unless --out says otherwise."""
-    return f"runs/{Path(name).stem.replace(':', '-')}"
+    file, _, variant = name.partition(":")
+    parts = [Path(file).name.removesuffix(".py"), variant]
+    return f"runs/{'-'.join(part for part in parts if part)}"
 
 
 class Own(NamedTuple):
@@ -10782,8 +10859,8 @@ def command_line(argv: Sequence[str]) -> None:
     if torch.cuda.is_available():
         memory += f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
     say(f"Took {time.monotonic() - began:.0f} s, at most {memory}.")
-    if command in NEXT:
-        say(f"Next: {next_command(command, name, common)}")
+    if command in NEXT and not own.models:
+        say(f"Next: {next_command(command, name, loaded, common)}")
     runtime.accelerator.end_training()
 
 
@@ -10793,13 +10870,15 @@ NEXT = {
 }
 
 
-def next_command(command: str, name: str, common: Common) -> str:
-    """What to type when a command is done."""
+def next_command(command: str, name: str, recipe: Recipe, common: Common) -> str:
+    """What to type when a command is done, with the flags that differ from the recipe as it is."""
     words = ["python", "grokd.py", NEXT[command], name]
-    defaults = Common(out=default_out(name))
+    defaults = Common(recipe.root, default_out(name), recipe.seeds)
     for flag in ("root", "out", "precision"):
         if getattr(common, flag) != getattr(defaults, flag):
             words += [f"--{flag}", getattr(common, flag)]
+    if common.seeds != defaults.seeds:
+        words += ["--seeds", *map(str, common.seeds)]
     return shlex.join(words)
 
 

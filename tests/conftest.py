@@ -63,7 +63,7 @@ def grokd_process() -> Run:
 
 
 RECIPE = '''"""A tiny experiment, for tests."""
-from grokd import BiasModel, DFR, Data, Distill, Recipe, Teachers, Train
+from grokd import BiasModel, DFR, Data, Distill, Eval, Recipe, Teachers, Train
 
 train = Train(epochs=2, batch_size=8, lr=0.01)
 dfr = DFR(num_refits=2, penalties=(1.0,))

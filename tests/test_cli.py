@@ -94,6 +94,8 @@ def test_run_takes_prefixed_flags_and_prints_them(capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     for told in ("distill.alpha 1.0 → 0.5", "teachers.lr 0.05 → 0.2", "data.size 16 → 20"):
         assert told in printed
+    changed, _, _ = grokd.apply_flags("eval", given, "digits", ["--baseline", "agre+alpha=0.5"])
+    assert changed.eval.baseline == "agre+alpha=0.5"
     with pytest.raises(Problem, match="--lr"):
         grokd.apply_flags("run", given, "digits", ["--lr", "1"])
 
@@ -142,6 +144,10 @@ VALUES = [
     ("recipe = Recipe", "recipes = Recipe", r"defines no `recipe = Recipe\(...\)`"),
     ("size=20", "size=20, reader=3", r"data.reader = 3: must be "),
     ("BiasModel(", "BiasModel(teacher=2, ", r"bias_model.teacher = 2, but there are 2 teachers"),
+    ("seeds=(0, 1)", "eval=Eval(baseline='one-hto')", r"eval.baseline = 'one-hto' names no "
+     "student; did you mean one-hot"),
+    ("seeds=(0, 1)", "published={'agre': {'wga': 90, 'wga_sd': 1}}", r"published\['agre'\] has a "
+     "column 'wga_sd'; did you mean wga"),
     ("size=20", "size=20, split_codes=('a', 'b')", r"split_codes = .* must be a tuple of 3 times"),
 ]
 
@@ -166,6 +172,15 @@ def test_problems_leave_by_exit_status_without_a_traceback(
     assert done.returncode == 1
     assert done.stderr.startswith("error: Unknown recipe 'no-such-recipe'")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name, out", [
+    ("digits", "digits"), ("colored_mnist:98", "colored_mnist-98"),
+    ("colored_mnist:99", "colored_mnist-99"), ("colored_mnist:99.5", "colored_mnist-99.5"),
+    ("recipes/rivals.py", "rivals"), ("recipes/rivals.py:digits", "rivals-digits"),
+])
+def test_every_variant_of_a_recipe_has_a_folder_of_its_own(name: str, out: str) -> None:
+    assert grokd.default_out(name) == f"runs/{out}"
 
 
 def test_recipe_finds_the_one_grokd_module(images: Path) -> None:

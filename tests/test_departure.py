@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import Run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_report import results_of
 from torch import Tensor
 
 import grokd
@@ -136,6 +138,12 @@ def test_teachers_that_are_the_biased_model_count_alike() -> None:
     assert torch.isnan(same.disputed).all()  # they disagree nowhere
 
 
+def made(name: str, *parents: grokd.Artefact, epochs: int = 3) -> grokd.Artefact:
+    """An artefact of so many epochs and such parents."""
+    settings = {} if name.startswith("augmented/") else {"epochs": epochs}
+    return grokd.Artefact(name, Path(name), "", settings, {each.name: each for each in parents})
+
+
 def digits_model(store: Store, labels: np.ndarray, seed: int, epochs: int) -> Classifier:
     """A small network trained on the digits with some labels."""
     model = grokd.build_model("cnn2", "random", 2, grokd.Input(), seed)
@@ -182,6 +190,41 @@ def test_bad_teachers_and_biased_ones_are_left_out(
     found = mixed.measure(4.0)
     assert found.weights.tolist() == [0.5, 0.5, 0]
     assert grokd.as_biased(found, 4.0).tolist() == [False, False, True]
+
+
+def test_notes_say_why_teachers_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    distance, weights = torch.tensor([0.4, 0.6, 0.01, 0.02]), torch.tensor([1.0, 0, 0, 0])
+    some = torch.full((4,), 0.5)
+    found = Departures(distance, some, some, torch.tensor([0.9, 0.1, 0.8, 0.2]), some, weights)
+    targets = SimpleNamespace(measure=lambda gap: found)
+    monkeypatch.setattr(grokd, "frozen_targets", lambda *_: targets)
+    ctx: Any = SimpleNamespace(
+        store=None, runtime=SimpleNamespace(together=lambda: None),
+        ensemble=lambda _: [made(f"teachers/{i}/dfr") for i in range(4)])
+    rows = grokd.teacher_rows(ctx, grokd.Distill())
+    notes = ["too often wrong", *["as biased as the biased model"] * 2]
+    results = results_of(["g"], ["a", "b"], ["cnn2"])
+    results["ensembles"] = [{"students": ["a"], "teachers": rows}]
+    for text in (grokd.departure_table(rows), grokd.report(results)):
+        lines = [line for line in text.splitlines() if line.startswith("| teachers/")]
+        assert [line.strip("| ").rpartition("|")[2].strip() for line in lines[1:]] == notes
+        assert lines[0].strip("| ").endswith("1.000")
+
+
+def test_teachers_departures_are_shown_once_the_biased_model_is_there(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(images)
+    text = (images / "tiny.py").read_text().replace("BiasModel(", 'BiasModel("erm", ')
+    (images / "tiny.py").write_text(text)
+    grokd.command_line(["teachers", "tiny.py"])
+    printed = capsys.readouterr().out
+    assert "| departure" not in printed and "\n`bias-model` makes the" in printed
+    grokd.command_line(["bias-model", "tiny.py"])
+    assert "| departure" in capsys.readouterr().out
+    grokd.command_line(["teachers", "tiny.py"])
+    printed = capsys.readouterr().out
+    assert "| departure" in printed and "`bias-model` makes" not in printed
 
 
 def test_cached_departure_is_that_of_the_networks_themselves(
@@ -243,6 +286,21 @@ def test_labels_are_weighed_by_the_mean_weight_of_a_sample(shrink: float) -> Non
         assert float(value[i]) == pytest.approx(0.75 * labelled + 0.25 * distilled, rel=1e-5)
 
 
+@pytest.mark.parametrize("num_attributes", [2, 1])
+def test_headroom_needs_group_labels(num_attributes: int) -> None:
+    teachers = [{"name": f"teachers/{i}/dfr", "weight": weight} for i, weight in enumerate((1, 0))]
+    rows = {
+        "teachers, DFR": [{"name": f"teachers/{i}/dfr", "wga": 90.0 - 40 * i} for i in range(2)],
+        "a": [{"name": "students/a/seed0/model", "wga": 75.0}],
+    }
+    ctx: Any = SimpleNamespace(
+        store=SimpleNamespace(num_attributes=num_attributes),
+        students={"a": grokd.Distill("average")})
+    room = grokd.headroom({"students": ["a"], "teachers": teachers}, rows, ctx)
+    known = {"student": "a", "teachers": 90.0, "average": 75.0}
+    assert room == (known if num_attributes > 1 else {})
+
+
 # The student to ship
 
 
@@ -269,6 +327,90 @@ def test_one_seed_ties_within_one_image() -> None:
     assert rank({"one-hot-dfr": [80], "average": [82.1]}, costs)[0] == "average"
 
 
+def test_networks_behind_a_student_are_those_that_were_trained() -> None:
+    trained, given = made("teachers/0/erm"), made("teachers/1/erm", epochs=0)
+    refitted = [made("teachers/0/dfr", trained), made("teachers/1/dfr", given, epochs=0)]
+    assert grokd.networks_behind(made("students/a/seed0/model", *refitted)) == {"teachers/0/erm"}
+    helper = made("bias-model/model", trained)  # a copy of teacher 0
+    assert grokd.networks_behind(made("students/b/seed0/model", helper)) == {"teachers/0/erm"}
+    biased = made("bias-model/model")
+    images = made("augmented/c/seed0/done", *refitted, made("students/a/seed0/model", *refitted),
+                  made("generator/done"))
+    assert grokd.networks_behind(made("students/c/seed0/model", images, biased)) == {
+        "teachers/0/erm", "students/a/seed0/model", "generator/done", "bias-model/model"}
+
+
+NOISE = {"a": [95, 90, 85], "b": [89, 84, 94], "c": [84, 94, 89]}
+ONE_IMAGE = {"a": [90], "b": [89], "c": [88]}
+
+
+@pytest.mark.parametrize("values, costs, told", [
+    (NOISE, (5, 0, 5), "No more than one standard error below the best: b, a, c; of these it needs "
+     "the fewest networks before it (0; a: 5)."),
+    (ONE_IMAGE, (5, 5, 5), "No more than one image of the smallest group below the best: a, b, c; "
+     "each needs as many networks before it (5), and it has the best mean."),
+    (ONE_IMAGE, (2, 2, 5), "No more than one image of the smallest group below the best: a, b, c; "
+     "of these it needs the fewest networks before it (2; c: 5), as many as b, and the best mean "
+     "of those."),
+])
+def test_ties_are_told_with_what_decided_them(
+    values: Mapping[str, Sequence[float]], costs: Sequence[int], told: str
+) -> None:
+    wga = {name: {f"seed{s}": x for s, x in enumerate(each)} for name, each in values.items()}
+    choice = grokd.rank_students(wga, dict(zip("abc", costs, strict=True)), one_image=2.0)
+    choice |= {"left_out": [], "images": 4}
+    results = results_of(["g"], [*"abc"], ["cnn2"]) | {"choice": choice}
+    assert grokd.choice_text(results).endswith(f"; never on test. {told}")
+
+
+def found(**seeds: Sequence[int]) -> list[grokd.Scored]:
+    """Students on disk, with their seeds."""
+    names = [(row, f"students/{row}/seed{s}/model") for row, each in seeds.items() for s in each]
+    return [grokd.Scored(row, name, Path(f"{name}.safetensors")) for row, name in names]
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, models: list[grokd.Scored], seeds: tuple[int, ...],
+    num_images: int = 4,
+) -> dict[str, Any]:
+    """The choice among students, of whom the later ones are better."""
+    monkeypatch.setattr(grokd, "selection_wga", lambda students, groups, ctx: {
+        row: {m.path.parent.name: 10.0 * i for m in students if m.row == row}
+        for i, row in enumerate(dict.fromkeys(model.row for model in students))})
+    monkeypatch.setattr(grokd, "selection_groups", lambda *_: (np.array([0, 0, 1, 1]), "known"))
+    ctx: Any = SimpleNamespace(
+        recipe=SimpleNamespace(seeds=seeds), described=made,
+        store=SimpleNamespace(split=lambda part: np.arange(num_images)))
+    return grokd.choose_student(models, grokd.Inferred("", {}), ctx)
+
+
+def test_students_without_all_seeds_of_the_run_are_not_compared(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = found(a=(0, 1), b=(0, 1, 2), c=(1,), d=(7,))
+    choice = chosen(monkeypatch, models, (0, 1))
+    assert (choice["ship"], choice["runner_up"], choice["left_out"]) == ("b", "a", ["c", "d"])
+    assert choice["seeds"] == ["seed0", "seed1"]
+    results = results_of(["g"], ["a", "b", "c", "d"], ["cnn2"]) | {"choice": choice}
+    assert "Not compared, since they lack some seed: c, d." in grokd.choice_text(results)
+    assert chosen(monkeypatch, found(a=(0, 1)), (0, 1)) == {}
+
+
+@pytest.mark.parametrize("seeds, num_images, why", [
+    ((0, 1), 0, "no validation image is left that refitted no head (Data.reweighting)"),
+    ((0, 9), 4, "fewer than two have all seeds of the run (0, 9); some are lacking of a, b"),
+])
+def test_missing_recommendation_is_said_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, seeds: tuple[int, ...], num_images: int, why: str
+) -> None:
+    choice = chosen(monkeypatch, found(a=(0, 1), b=(0, 1)), seeds, num_images)
+    assert choice == {"why_none": why}
+    results = results_of(["g"], ["a", "b"], ["cnn2"]) | {"choice": choice}
+    for text in (grokd.report(results), grokd.terminal_summary(results)):
+        assert f"No student is recommended: {why}." in " ".join(text.split())
+        assert "Ship this one" not in text
+
+
 STUDENTS = '''
 from dataclasses import replace
 recipe = replace(recipe, students={
@@ -286,7 +428,7 @@ def test_run_ends_with_the_student_to_ship_and_reports_the_teachers(
     recipe = (images / "tiny.py").read_text() + STUDENTS
     (images / "tiny.py").write_text(recipe)
     printed = grokd_process("run", "tiny.py", cwd=images).stdout
-    assert printed.index("Ship this one: ") > printed.index("| departure")
+    assert printed.index("Ship this one: ") > printed.rindex("| departure")
     assert "Teachers' departure from the biased model" in printed
     results = json.loads((images / "runs/tiny/results.json").read_text())
     choice = results["choice"]

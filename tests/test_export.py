@@ -325,6 +325,7 @@ def test_missing_package_is_named_with_its_extra(
 @pytest.mark.parametrize("args, told", [
     (["--student", "agr"], r"no finished student 'agr' \(seeds 0, 1\); did you mean agre"),
     (["--student", "one-hot"], r"one-hot/seed0/model.safetensors is missing. Train it"),
+    (["--seeds", "0", "7"], r"No student is recommended: fewer than two have .*--student"),
     (["--model", "absent.safetensors"], r"absent.safetensors is not there"),
     (["--format"], r"--format names no file"),
 ])

@@ -44,6 +44,8 @@ def test_every_recipe_loads_and_is_checked() -> None:
             "waterbirds_ablation", "celeba", "spuco_birds"} <= set(names)
     for name in names:
         assert isinstance(grokd.load_recipe(name), grokd.Recipe)
+        for variant in getattr(sys.modules[f"recipe_{name}"], "recipes", {}):
+            assert isinstance(grokd.load_recipe(f"{name}:{variant}"), grokd.Recipe)
 
 
 @pytest.fixture(scope="module")

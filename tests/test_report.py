@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -180,12 +181,26 @@ def test_long_training_says_a_line_an_epoch_and_what_to_type_next(
 ) -> None:
     monkeypatch.chdir(images)
     monkeypatch.setattr(grokd.Training, "LINE_SECONDS", -1)
-    grokd.command_line(["teachers", "tiny.py", "--out", "a folder"])
+    grokd.command_line(["teachers", "tiny.py", "--out", "a folder", "--seeds", "0", "3"])
     printed = capsys.readouterr().out
     lines = re.findall(r"^teachers/./erm: epoch 1 of 2, loss +[\d.]+, WGA +[\d.]+, "
                        r"0:\d\d:\d\d left$", printed, re.MULTILINE)
     assert len(lines) == 2
-    assert printed.endswith("Next: python grokd.py bias-model tiny.py --out 'a folder'\n")
+    assert printed.endswith(
+        "\nNext: python grokd.py bias-model tiny.py --out 'a folder' --seeds 0 3\n")
+
+
+def test_next_command_repeats_what_differs_from_the_recipe() -> None:
+    recipe = replace(grokd.load_recipe("digits"), root="data", seeds=(5, 6))
+
+    def command(**flags: Any) -> str:
+        common = grokd.Common("data", "runs/digits", (5, 6))
+        return grokd.next_command("run", "digits", recipe, replace(common, **flags))
+
+    assert command() == "python grokd.py export digits"
+    assert command(root=".") == "python grokd.py export digits --root ."
+    assert command(seeds=(7,), precision="float64") == (
+        "python grokd.py export digits --precision float64 --seeds 7")
 
 
 # Where students look

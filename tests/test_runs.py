@@ -232,11 +232,17 @@ def test_all_parameters_and_logits_agree_on_two_classes(copy: Path, command: Gro
     assert same(ours, weights(copy, "students/agre/seed0/model"))
 
 
-def test_flagged_students_have_rows_of_their_own(copy: Path, command: Grokd) -> None:
+def test_flagged_students_have_rows_of_their_own(
+    copy: Path, command: Grokd, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command(copy, "distill", "--student", "agre", "--tau", "2")
+    rank, flagged = grokd.rank_students, {"ship": "agre+tau=2.0"}
+    monkeypatch.setattr(grokd, "rank_students", lambda *args: rank(*args) | flagged)
     printed = command(copy, "eval")
     assert len(results(copy)["agre+tau=2.0"]) == 2
-    assert "Left out" not in printed
+    assert "Left out" not in printed and "Ship this one: agre+tau=2.0" in printed
+    found = json.loads((copy / "runs/tiny/results.json").read_text())
+    assert found["mistakes"]["students"] == ["one-hot", "agre+tau=2.0"]
 
 
 def test_flag_leaves_students_alone_that_do_not_use_it(copy: Path, command: Grokd) -> None:
@@ -278,7 +284,11 @@ def test_tensorboard_holds_losses_weights_groups_images_and_hyperparameters(fini
 
 def test_given_models_are_scored_alone(copy: Path, command: Grokd) -> None:
     path = "runs/tiny/students/agre/seed1/model.safetensors"
-    command(copy, "eval", "--models", path)
+    torch.save({"fc.weight": torch.ones(2, 3)}, copy / "mine.pth")
+    with pytest.raises(Problem, match=r"mine.pth was not written by grokd") as refused:
+        command(copy, "eval", "--models", "mine.pth")
+    assert "delete" not in str(refused.value)
+    assert "\nNext: " not in command(copy, "eval", "--models", path)
     alone = results(copy, "results-models.json")
     assert list(alone) == [path]
     assert alone[path][0]["groups"] == results(copy)["agre"][1]["groups"]
