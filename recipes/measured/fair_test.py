@@ -3,12 +3,15 @@
     python grokd.py run digits_augment --seeds 200 --diffusion.seed 200
     python recipes/measured/fair_test.py digits_augment --seeds 200 201 202 203 204 \
         [--precision bfloat16] [--save FILE.json]
+    python recipes/measured/fair_test.py digits_augment --between FILE.json OTHER.json \
+        [--save DIFFERENCES.json]
 
 Every seed has teachers, a biased model, a starting student and images of its own; all use the
 generator of the first command, with the first seed. A classifier that never guided anything,
 trained on digits under both colours alike, confirms labels; the attribute is read from the
 background's pixels: flipped from the source's, and against the label. Differences in WGA are paired
-by seed, with 95 % intervals (Student's t). Some nine minutes a seed on one core; runs/fair/ keeps
+by seed, with 95 % intervals (Student's t); --between takes them between two records of the same
+seeds, of two precisions for example. Some nine minutes a seed on one core; runs/fair/ keeps
 what was made.
 """
 
@@ -82,14 +85,40 @@ def inspect_set(folder: Path, judge: grokd.Classifier, module: Any, store: grokd
             "background against label": 100 * float((colours != labels).mean())}
 
 
+def paired(one: list[float], other: list[float]) -> str:
+    """Mean difference, of a pair for each seed, with its 95 % interval."""
+    difference = np.array(one) - np.array(other)
+    half = float(stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference))
+    mean = difference.mean()
+    return f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]"
+
+
+def between(one: Path, other: Path) -> dict[str, Any]:
+    """A record of the differences between two records of the same seeds."""
+    records = [json.loads(path.read_text()) for path in (one, other)]
+    wga, rows = [record["wga"] for record in records], []
+    for name, values in wga[0].items():
+        means = [f"{np.mean(each[name]):.1f}" for each in wga]
+        rows.append([name, *means, paired(values, wga[1][name])])
+    header = ["WGA", *(path.stem for path in (one, other)), "difference [95 % interval]"]
+    return {"about": grokd.origin(), "header": header, "rows": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe")
-    parser.add_argument("--seeds", type=int, nargs="+", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202, 203, 204])
     parser.add_argument("--split", default="test")
     parser.add_argument("--precision", default="float32", help="as of grokd.py; of both commands")
+    parser.add_argument("--between", type=Path, nargs=2, help="compare these records instead")
     parser.add_argument("--save", type=Path, help="write the table as JSON")
     args = parser.parse_args()
+    if args.between:
+        record = between(*args.between)
+        print(grokd.table(record["header"], record["rows"]))
+        if args.save:
+            args.save.write_text(json.dumps(record, indent=1) + "\n")
+        return
     about, recipe = grokd.origin(), grokd.load_recipe(args.recipe)
     module = sys.modules["digits"]
     store, judge = grokd.open_store(recipe.data, "."), referee(module)
@@ -115,10 +144,7 @@ def main() -> None:
         mean, std = grokd.spread(values)
         rows.append([f"WGA, {name}", f"{mean:.1f} ± {std or 0:.1f}"])
     for a, b in PAIRS:
-        difference = np.array(wga[a]) - np.array(wga[b])
-        half = float(stats.t.ppf(0.975, len(difference) - 1) * stats.sem(difference))
-        rows.append([f"WGA, {a} − {b}", f"{difference.mean():.1f} [{difference.mean() - half:.1f}, "
-                                        f"{difference.mean() + half:.1f}]"])
+        rows.append([f"WGA, {a} − {b}", paired(wga[a], wga[b])])
     for name, key in itertools.product(sets, sets["config"][0]):
         mean, std = grokd.spread([found[key] for found in sets[name]])
         rows.append([f"{name}: {key}", f"{mean:.1f} ± {std or 0:.1f}"])
