@@ -257,7 +257,8 @@ class Data:
     reader: Annotated[
         tyro.conf.Suppress[Callable[[Path], Sequence[Row]] | None], Mark.INERT
     ] = None
-    # Names of the classes; if the table's column holds names, these give them their order.
+    # Names of the classes; if the table's column holds names, these give them their order. Empty:
+    # the column's own in sorted order, or class 0, class 1 ...
     class_names: Annotated[tuple[str, ...], Mark.INERT] = ()
     # Names of the attribute's values, likewise.
     attribute_names: Annotated[tuple[str, ...], Mark.INERT] = ()
@@ -2711,14 +2712,33 @@ def read_table(path: Path, data: Data) -> list[dict[str, str]]:
     return records
 
 
+def with_names(data: Data, root: str) -> Data:
+    """The same data, named by the words of the table where the recipe gives no names."""
+    if data.reader is not None:
+        return data
+    records = read_table(Path(root) / data.metadata, data)
+    classes, attributes = data.class_names, data.attribute_names
+    classes = classes or tuple(column_words(data.label_column, records))
+    if data.attribute_column:
+        attributes = attributes or tuple(column_words(data.attribute_column, records))
+    return replace(data, class_names=classes, attribute_names=attributes)
+
+
+def column_words(column: str, records: Sequence[Mapping[str, str]]) -> list[str]:
+    """The words a column holds, sorted; none if it holds numbers."""
+    words = sorted({record[column] or "" for record in records} - {""})
+    is_numbered = all(word.isdecimal() and len(word) < 10 for word in words)  # longer: names
+    return [] if is_numbered else words
+
+
 def column_codes(
     path: Path, column: str, records: Sequence[Mapping[str, str]], names: tuple[str, ...]
 ) -> list[int]:
     """The numbers a column holds, or the places of its words in `names` (else in sorted order);
     -1 for what it leaves empty."""
     values = [record[column] or "" for record in records]
-    words = sorted({*values} - {""})
-    if all(word.isdecimal() and len(word) < 10 for word in words):  # longer ones are names
+    words = column_words(column, records)
+    if not words:
         return [int(value or -1) for value in values]
     order = list(names) or words
     for line, value in enumerate(values, 2):
@@ -3058,7 +3078,7 @@ def loss_clusters(losses: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarr
 
 def open_store(data: Data, root: str) -> Store:
     """Build the store of a data set, or find the one built before; check the groups."""
-    rows = checked_rows(data, root)
+    data, rows = with_names(data, root), checked_rows(data, root)
     encoded = is_encoded(rows, data)
     folder = store_folder(rows, data)
     with locked(folder.with_suffix(".lock"), wait=True) as alone:
@@ -9515,7 +9535,7 @@ def folder_bytes(folder: Path) -> int:
 
 def counted_store(data: Data, root: str) -> Store:
     """The store if it was built before, else what the rows tell of it."""
-    rows = checked_rows(data, root)
+    data, rows = with_names(data, root), checked_rows(data, root)
     return stored_rows(rows, data, store_folder(rows, data))
 
 
@@ -9553,7 +9573,7 @@ def trial_context(ctx: Context, folder: Path) -> Context:
     few = few_rows(rows, max(2 * max(batches), least))
     largest = 0.0 if is_encoded(rows, recipe.data) else recipe.data.max_store_gb
     data = replace(
-        recipe.data, reader=lambda root: few, store=str(folder / "store"), max_store_gb=largest
+        ctx.store.data, reader=lambda root: few, store=str(folder / "store"), max_store_gb=largest
     )
     return replace(
         ctx, recipe=replace(recipe, data=data), store=open_store(data, recipe.root),

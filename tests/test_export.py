@@ -1,5 +1,6 @@
 """Networks as files for others: what is written answers as grokd does, or is not written."""
 
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -33,6 +34,9 @@ recipe = grokd.replace(recipe, teachers=teachers, students={**recipe.students, *
 '''
 
 
+GROUPS = ["cat, indoors", "cat, outdoors", "dog, indoors", "dog, outdoors"]
+
+
 def command(folder: Path, *args: str) -> None:
     """grokd in this process, in a folder."""
     with pytest.MonkeyPatch.context() as patch:
@@ -42,8 +46,15 @@ def command(folder: Path, *args: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data set with finished students: AGRE, a refitted head, and distilled features."""
+    """The tiny data set, in words, with finished students: AGRE, a refitted head, and distilled
+    features."""
     folder = write_images(tmp_path_factory.mktemp("export"))
+    with open(folder / "metadata.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    words = [[name, ("cat", "dog")[int(y)], ("indoors", "outdoors")[int(a)], split]
+             for name, y, a, split in rows]
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *words])
     with open(folder / "tiny.py", "a") as file:
         file.write(FEATURES)
     for name in ("teachers", "bias-model"):
@@ -129,7 +140,8 @@ def test_recommended_student_is_written_with_card_and_config(trained: Path) -> N
     assert about["fingerprint"] in [each["fingerprint"] for each in scores.values()]
     assert about["checked_images"] == 16
     assert about["calibration_images"] == 8
-    assert about["label_names"] == ["class 0", "class 1"]
+    assert about["label_names"] == ["cat", "dog"]
+    assert [group["name"] for group in about["groups"]] == GROUPS
     figures = about["formats"]
     assert set(figures) == {"grokd", *grokd.FILES}
     for kind in ("safetensors", "onnx", "pt2"):
@@ -141,6 +153,12 @@ def test_recommended_student_is_written_with_card_and_config(trained: Path) -> N
     assert f"**{figures['grokd']['wga']:.1f} %**" in card
     assert "calibrated on 8 validation images" in card
     assert "cnn2 is a network of grokd's own" in card
+
+
+def test_report_has_the_names_of_the_table(trained: Path) -> None:
+    command(trained, "eval", "tiny.py")
+    results = json.loads((trained / "runs/tiny/results.json").read_text())
+    assert [group["name"] for group in results["groups"]] == GROUPS
 
 
 def test_seed_is_the_best_on_the_selection_part(trained: Path) -> None:
