@@ -9295,8 +9295,6 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
         raise Problem(f"{name}: data.crop = {data.crop} is larger than data.size = {data.size}.")
     if not recipe.seeds or not recipe.students:
         raise Problem(f"{name}: needs at least one seed and one student.")
-    if data.reweighting == 1:
-        check_no_selection(recipe, name)
     for i in (bias_model.teacher, *bias_model.teachers) if bias_model.kind == "teacher" else ():
         if i >= teachers.num_teachers:
             raise Problem(
@@ -9356,21 +9354,33 @@ def check_attributes(recipe: Recipe, store: Store) -> None:
         raise Problem(f"eval.split = 'train' {lacking}: score val, selection or test.")
 
 
-def check_no_selection(recipe: Recipe, name: str) -> None:
-    """Raise Problem for what needs a selection part, where all of validation refits heads."""
-    if recipe.eval.probes:
-        raise Problem(
-            f"{name}: eval.probes are scored on the selection part: data.reweighting = 1 leaves "
-            "none."
-        )
+def check_selection(recipe: Recipe, store: Store) -> None:
+    """Raise Problem for what needs a selection part, where all of validation refits heads; warn of
+    groups that are not in it."""
+    if len(store.split("selection")):
+        sizes = zip(store.group_names, store.counts("selection"), strict=True)
+        if absent := [name for name, count in sizes if not count]:
+            say(
+                f"warning: the selection part has no image of group {'; '.join(absent)}, so what "
+                "is chosen by it is chosen by the other groups: add validation images, or lower "
+                "Data.reweighting."
+            )
+        return
     trains = {f"students[{key!r}]": student.train for key, student in recipe.students.items()}
     trains |= {"teachers": recipe.teachers.train, "bias_model": recipe.bias_model.train}
-    for place, train in trains.items():
-        if train.select == "best":
-            raise Problem(
-                f"{name}: {place}.select = 'best' needs a selection part: data.reweighting = 1 "
-                "leaves none."
-            )
+    needing = [
+        f"{place}.select = 'best'" for place, train in trains.items() if train.select == "best"
+    ]
+    if recipe.eval.split == "selection":
+        needing.append("eval.split = 'selection'")
+    if recipe.eval.probes:
+        needing.append("eval.probes")
+    if needing:
+        raise Problem(
+            f"{needing[0]} needs a selection part: of {len(store.split('val')):,} validation "
+            f"images data.reweighting = {recipe.data.reweighting:g} leaves none; lower it, or add "
+            "validation images."
+        )
 
 
 def check_references(
@@ -10698,6 +10708,7 @@ def command_line(argv: Sequence[str]) -> None:
         find_store = counted_store if own.dry_run else open_store
         store = find_store(recipe.data, recipe.root)
         check_attributes(recipe, store)
+        check_selection(recipe, store)
         makes = ["teachers", "bias-model", "distill", "augment"] if command == "run" else [command]
         ctx = Context(
             name, recipe, store, Path(common.out), runtime, common, makes,
