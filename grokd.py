@@ -9907,7 +9907,7 @@ class DryRun:
             heads = self.stage(f"{refit_name(section.dfr, self.store)} heads")
             head = self.ctx.teacher(i, "dfr")
             if self.is_due(artefact):
-                pace, train = self.teacher_pace(i), section.train
+                pace, train = self.teacher_pace(i), section.of(i).train
                 stage.to_make += 1
                 course = Course(train, num_images, train.epochs, artefact.work)
                 self.count_training(stage, pace, course)
@@ -9945,14 +9945,14 @@ class DryRun:
 
     def count_bias_model(self) -> None:
         section, artefact = self.recipe.bias_model, self.ctx.bias()
-        is_copy = section.kind == "teacher"
+        is_copy, teachers = section.kind == "teacher", self.recipe.teachers
         stage = self.stage("biased model (a copy)" if is_copy else "biased model")
         if not self.is_due(artefact):
             stage.finished = 1
             return
         pace, num_images = self.bias_pace(), len(self.store.split("train"))
         stage.to_make = 1
-        train = self.recipe.teachers.train if is_copy else section.train
+        train = teachers.of(section.teacher).train if is_copy else section.train
         epochs = train.epochs
         if section.kind == "early-stopped":
             epochs = min(section.stop_after, epochs)

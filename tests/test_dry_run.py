@@ -111,10 +111,16 @@ def test_dry_run_foretells_the_run_and_counts_nothing_twice(
     assert [stage.to_make for stage in redone.stages.values()][1:3] == [1, 2]
 
 
-def test_heads_are_named_as_the_run_names_them(
+def test_heads_are_named_and_finished_teachers_not_trained_as_in_the_run(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "AFR heads" in run(images, monkeypatch, "--teachers.dfr.method", "afr").stages
+    plan = run(images, monkeypatch, "--teachers.dfr.method", "afr", "--teachers.finished", "0")
+    assert "AFR heads" in plan.stages
+    finished, trained = plan.stages["teachers cnn2"], plan.stages["teachers resnet8"]
+    assert (finished.to_make, finished.epochs, finished.steps) == (1, 0, 0)
+    assert (trained.to_make, trained.epochs, trained.steps) == (1, 2, 4)
+    copied, pace = plan.stages["biased model (a copy)"], plan.teacher_pace(0)
+    assert copied.disk == pace.weights
 
 
 def test_generated_images_are_counted_and_their_generator(
