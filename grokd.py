@@ -200,6 +200,7 @@ class Mark(enum.Enum):
     HEAD = enum.auto()  # it decides the head alone: networks are trained once for all its values
     CONTENT = enum.auto()  # it may name a file or folder: what counts is what that contains
     CURVE = enum.auto()  # students that differ in it alone are drawn as a curve
+    FILLED = enum.auto()  # a tuple that must not be empty
     ADDED = enum.auto()  # younger than finished files: its default leaves fingerprints as they were
 
 
@@ -359,7 +360,7 @@ class DFR:
     # l1: refits that are averaged; one alone costs about a point (second-hand figure).
     num_refits: Annotated[Count, When(method=("auto", "l1"))] = 20
     # l1: inverse penalties tried on one half of the reweighting part, judged on the other.
-    penalties: Annotated[tuple[Positive, ...], When(method=("auto", "l1"))] = (
+    penalties: Annotated[tuple[Positive, ...], When(method=("auto", "l1")), Mark.FILLED] = (
         1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01,
     )
     # sgd: passes over the reweighting part.
@@ -387,11 +388,11 @@ class Teachers:
     # Architecture, by torchvision's name, by timm's (timm:convnextv2_tiny; needs the extra timm),
     # one of cnn2, resnet8, resnet8_gn (16 to 32 pixels), or clip:..., as recipes/clip_teacher.py
     # prints it. Several are dealt out in turn.
-    arch: tuple[str, ...] = ("resnet50",)
+    arch: Annotated[tuple[str, ...], Mark.FILLED] = ("resnet50",)
     # Initial weights: random, DEFAULT (torchvision's or timm's), another name of torchvision's
     # (IMAGENET1K_V2) or a file of yours (.safetensors, .pth). Several are dealt out in turn. With
     # --epochs 0 they stay.
-    weights: Annotated[tuple[str, ...], Mark.CONTENT] = ("DEFAULT",)
+    weights: Annotated[tuple[str, ...], Mark.CONTENT, Mark.FILLED] = ("DEFAULT",)
     # Teachers that are finished, by number: their weights stay, only their heads are refitted. The
     # classes of such a file are those of the data, in their order.
     finished: Annotated[tuple[Natural, ...], Mark.INERT] = ()
@@ -626,7 +627,8 @@ class Diffusion:
     epochs: Natural = 300
     batch_size: Count = 64  # Images a step, over all processes.
     lr: Positive = 1e-3  # Of AdamW; falls to 0 on a cosine.
-    widths: tuple[Count, ...] = (64, 128, 128)  # Channels at full, half, quarter ... resolution.
+    # Channels at full, half, quarter ... resolution.
+    widths: Annotated[tuple[Count, ...], Mark.FILLED] = (64, 128, 128)
     num_timesteps: Count = 1000  # Noise levels.
     class_conditional: bool = True  # Tell the generator the class.
     ema: Share = 0.999  # Decay of the moving average of weights, which is what is kept.
@@ -9214,6 +9216,7 @@ def check(value: Any, hint: Any, name: str, words: str = "") -> None:
     if origin is Annotated:
         check(value, args[0], name, words)
         fits = all(limit.low <= value <= limit.high for limit in markers(hint, Range))
+        fits &= Mark.FILLED not in args or len(value) > 0
     elif origin in (types.UnionType, typing.Union):
         fits = any(_is_a(value, kind) for kind in args)
     else:
@@ -9258,6 +9261,8 @@ def in_words(hint: Any) -> str:
             words += f" at least {limits.low:g}"
         if limits.high < math.inf:
             words += f" and at most {limits.high:g}"
+        if Mark.FILLED in args:
+            words += ", one or more"
         return words
     if origin in (types.UnionType, typing.Union):
         return " or ".join(map(in_words, args))

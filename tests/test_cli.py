@@ -144,6 +144,11 @@ VALUES = [
     ("size=20", "size=20, reader=3", r"data.reader = 3: must be "),
     ("BiasModel(", "BiasModel(teacher=2, ", r"bias_model.teacher = 2, but there are 2 teachers"),
     ("size=20", "size=20, split_codes=('a', 'b')", r"split_codes = .* must be a tuple of 3 times"),
+    ('("cnn2", "resnet8")', "()", r"teachers.arch = \(\): must be a tuple of a text, one or more"),
+    ('("random",)', "()", r"teachers.weights = \(\): must be a tuple of a text, one or more"),
+    ("penalties=(1.0,)", "penalties=()", r"dfr.penalties = \(\): must be .*1e-12, one or more"),
+    ("data=Data", "diffusion=__import__('grokd').Diffusion(widths=()), data=Data",
+     r"diffusion.widths = \(\): must be a tuple of .* at least 1, one or more"),
 ]
 
 
