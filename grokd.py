@@ -8092,7 +8092,7 @@ def describe_sizes(models: Sequence[Scored], ctx: Context) -> dict[str, Any]:
     architecture; on the device at work, in the weights' precision."""
     device, side = ctx.runtime.device, ctx.store.data.crop
     images = torch.rand(SIZE_BATCH, 3, side, side, device=device)
-    timed: dict[tuple[str, Input], dict[str, float]] = {}
+    timed: dict[tuple[str, Input, Projection | None], dict[str, float]] = {}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for model in models:
         arch = read_metadata(model.path)["arch"]
@@ -8100,7 +8100,7 @@ def describe_sizes(models: Sequence[Scored], ctx: Context) -> dict[str, Any]:
             rows[model.row, arch]["models"].append(model.name)
             continue
         network = load_model(model.path, device, ctx.store)
-        key = arch, network.input
+        key = arch, network.input, network.projection
         if key not in timed:
             timed[key] = measure_size(network, images)
         rows[model.row, arch] = {"name": model.row, "arch": arch, "models": [model.name]}
