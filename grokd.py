@@ -685,8 +685,10 @@ class Augment:
         Literal["least-confident", "least-certain", "most-confident", "misclassified", "all"],
         When(like=""),
     ] = "least-confident"
-    # Share of the training images taken.
-    share: Annotated[Share, When(sources=Not("all"))] = 0.5
+    # Share of the training images taken; of the misclassified all are.
+    share: Annotated[
+        Share, When(sources=("least-confident", "least-certain", "most-confident"))
+    ] = 0.5
     count: Annotated[Natural, When(like="")] = 0  # How many are taken; 0: the share.
     balanced: Annotated[bool, When(like="")] = False  # As many of each class.
     in_flight: Annotated[Count, Mark.INERT] = 64  # Images optimised together.
@@ -9478,6 +9480,7 @@ PROBE_SECONDS, WARM_UP = 1.5, 3
 # Only trained networks could tell, so it is a guess: this share of a guided set's sources pass,
 # halfway through their iterations (ours; on the digits 51 and 64 % do).
 ACCEPTED = 0.5
+MISTAKEN = 0.1  # likewise: a student gets this share of its training images wrong (ours)
 
 
 @dataclass
@@ -9824,14 +9827,15 @@ class DryRun:
         """Students whose training costs alike, the number and kinds of their teachers included."""
         student = self.ctx.students[name]
         frozen = frozen_networks(student, self.trial)
-        return kind_of(student, len(frozen), sorted({self.arch(each) for each in frozen}))
+        return kind_of(student, len(frozen), sorted({self.network(each)[0] for each in frozen}))
 
-    def arch(self, artefact: Artefact) -> str:
-        """The architecture of a teacher or the biased model."""
+    def network(self, artefact: Artefact) -> tuple[str, Input]:
+        """The architecture of a teacher or the biased model, and what it is fed."""
         kind, number, *_ = artefact.name.split("/")
         if kind == "bias-model":
-            return self.recipe.bias_model.arch
-        return self.recipe.teachers.of(int(number)).arch[0]
+            return self.recipe.bias_model.arch, self.recipe.bias_model.input
+        teacher = self.recipe.teachers.of(int(number))
+        return teacher.arch[0], teacher.input
 
     def stand_in(self, artefacts: Sequence[Artefact]) -> None:
         """Write networks in place of those that the run makes, each with a trunk of its own."""
@@ -10010,8 +10014,12 @@ class DryRun:
         settings, train = self.ctx.sets[name], self.store.split("train")
         if settings.like:
             return self.num_accepted(settings.like, seed)
-        nothing_known = torch.zeros(len(train), self.store.num_classes)
-        return len(pick_sources(settings, nothing_known, self.store.labels[train]))
+        labels = self.store.labels[train]
+        answers = labels.copy()
+        answers[:: round(1 / MISTAKEN)] += 1
+        num_classes = self.store.num_classes
+        guess = F.one_hot(torch.from_numpy(answers % num_classes), num_classes)
+        return len(pick_sources(settings, guess, labels))
 
     def num_accepted(self, name: str, seed: int) -> int:
         """Images of a set, or as many as are to be expected."""
@@ -10184,6 +10192,29 @@ class DryRun:
             seconds = self.timed("probes", lambda: probe_models(trial, scored))
             few, every = (len(each.split("val")) for each in (trial.store, store))
             stage.seconds += seconds * len(trunks) * every / few
+        if recipe.eval.analysis:
+            stage.seconds += self.analysis_seconds()
+
+    def analysis_seconds(self) -> float:
+        """Eval.analysis: the training and the scored images, of students and the networks that they
+        learnt from; then the scored ones again, as a row's features and in a student's batches."""
+        recipe, store = self.recipe, self.store
+        num_scored = len(store.split(recipe.eval.split))
+        networks: dict[str, tuple[str, Input]] = {}
+        for seed, names in students_alike(recipe):
+            student = self.ctx.students[names[0]]
+            networks[f"{names[0]}, {seed}"] = student.arch, student.input
+            for frozen in frozen_networks(student, self.trial):
+                networks[str(Path(frozen.name).parent)] = self.network(frozen)
+        parts = {"train", recipe.eval.split}
+        num_images = sum(len(store.split(part)) for part in parts)
+        seconds = num_images * sum(self.predict_seconds(*each) for each in networks.values())
+        for name, student in recipe.students.items():
+            seconds += num_scored * self.predict_seconds(student.arch, student.input)
+            if student.has_teachers:
+                image = self.student_pace(name).step / student.train.batch_size
+                seconds += len(recipe.seeds) * num_scored * image
+        return seconds
 
     # What is printed
 
@@ -10233,6 +10264,11 @@ class DryRun:
             lines.append(
                 f"Guessed: of a guided set's sources {100 * ACCEPTED:.0f} % pass, halfway through "
                 "their iterations."
+            )
+        if any(each.sources == "misclassified" for each in self.recipe.augments.values()):
+            lines.append(
+                f"Guessed: a student gets {100 * MISTAKEN:.0f} % of the training images wrong, from "
+                "which sets of its mistakes start."
             )
         lines += self.disk_lines()
         memory = f"{self.memory() / 2**30:.2f} GiB of memory"

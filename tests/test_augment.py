@@ -269,7 +269,10 @@ def test_sources_are_chosen_by_confidence() -> None:
     assert pick() == [2, 1]
     assert pick(sources="most-confident", count=3) == [0, 3, 1]
     assert pick(sources="least-certain", count=2) == [1, 3]
-    assert pick(sources="misclassified") == [2]
+    assert pick(sources="misclassified", share=0.0) == [2]
+    plain = Augment(guided=False)
+    assert grokd.matters(plain, "share")
+    assert not grokd.matters(replace(plain, sources="misclassified"), "share")
     assert sorted(pick(sources="all")) == [0, 1, 2, 3]
     assert pick(balanced=True) == [1, 2]
 
