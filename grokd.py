@@ -638,6 +638,7 @@ class Diffusion:
 
 
 GUIDED = When(guided=True)
+OWN_SOURCES = When(guided=True, like="")
 
 
 @dataclass(frozen=True)
@@ -683,14 +684,14 @@ class Augment:
     # Training images to start from, by the student's confidence f_y (least-certain: max p).
     sources: Annotated[
         Literal["least-confident", "least-certain", "most-confident", "misclassified", "all"],
-        When(like=""),
+        OWN_SOURCES,
     ] = "least-confident"
     # Share of the training images taken; of the misclassified all are.
     share: Annotated[
         Share, When(sources=("least-confident", "least-certain", "most-confident"))
     ] = 0.5
-    count: Annotated[Natural, When(like="")] = 0  # How many are taken; 0: the share.
-    balanced: Annotated[bool, When(like="")] = False  # As many of each class.
+    count: Annotated[Natural, OWN_SOURCES] = 0  # How many are taken; 0: the share.
+    balanced: Annotated[bool, OWN_SOURCES] = False  # As many of each class.
     in_flight: Annotated[Count, Mark.INERT] = 64  # Images optimised together.
     # Of these, how many pass through the networks at once; fewer if memory runs out. 0: as many as
     # it holds by an estimate, which is printed.
