@@ -102,7 +102,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, tqdm
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -4478,6 +4478,7 @@ class Artefact:
     settings: Mapping[str, Any]
     parents: Mapping[str, Artefact]
     owns_folder: bool = False  # does it have a folder of its own, `path` being a note in it?
+    stays: bool = False  # does what stands of it stay until another takes its place?
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -4521,7 +4522,8 @@ class Artefact:
 
     def remove(self) -> None:
         """Delete what stands of it, finished or begun."""
-        self.path.unlink(missing_ok=True)
+        if not self.stays:
+            self.path.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
         for path in self.strays():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -8038,7 +8040,8 @@ def describe_run(ctx: Context) -> dict[str, Any]:
         }
         for name, scored, trained in sizes
     ]
-    return {"about": origin(ctx.runtime.accelerator.num_processes) | about, "groups": groups}
+    made = origin(ctx.runtime.accelerator.num_processes, ctx.runtime.device.type)
+    return {"about": made | about, "groups": groups}
 
 
 def probe_models(ctx: Context, by_trunk: Mapping[str, Sequence[Scored]]) -> list[dict[str, Any]]:
@@ -8512,8 +8515,17 @@ def curves_over(setting: Setting, recipe: Recipe) -> list[dict[str, Any]]:
     return described
 
 
-def origin(processes: int = 1) -> dict[str, str]:
-    """Where figures come from: command, date, commit, machine, versions."""
+def processor_name() -> str:
+    """The name of this machine's CPU."""
+    with contextlib.suppress(OSError):
+        if cpu := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return cpu[1]
+    return platform.processor() or platform.machine()
+
+
+def origin(processes: int = 1, device: str = "") -> dict[str, str]:
+    """Where figures come from: command, date, commit, machine, versions. They were computed on a
+    `device` (cpu, cuda); without a name on that of accelerate's choice."""
     folder = str(Path(__file__).parent)
     describe = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -8521,17 +8533,14 @@ def origin(processes: int = 1) -> dict[str, str]:
         commit = done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
         commit = f"grokd {__version__}"
-    machine = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        machine = cpu[1] if cpu else machine
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
+    if not device and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = torch.cuda.get_device_name() if device == "cuda" else processor_name()
     versions = f"grokd {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     script = Path(sys.argv[0])
     script = Path(script.name) if script.is_absolute() else script
     return {
-        "command": " ".join(["python", str(script), *sys.argv[1:]]),
+        "command": shlex.join(["python", str(script), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "versions": versions,
@@ -8598,6 +8607,7 @@ def run_export(ctx: Context) -> None:
     artefact = Artefact(
         f"export/{source.name}", ctx.out / "export" / f"{source.name}.json", "export",
         settings_of(settings) | ctx.data_settings, {each.name: each for each in source.parents},
+        stays=True,
     )
     runtime.first(lambda: look_at_place(artefact, ctx))
 
@@ -8995,7 +9005,7 @@ def describe_export(
         "checked_images": len(indices),
         "calibration_images": len(calibration_images(settings, store)) if settings.int8 else 0,
         "formats": dict(figures),
-        "made": origin(ctx.runtime.accelerator.num_processes),
+        "made": origin(ctx.runtime.accelerator.num_processes, "cpu"),  # files are run there
         "packages": {
             name: importlib.metadata.version(name)
             for name in packages if importlib.util.find_spec(name)

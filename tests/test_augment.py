@@ -273,7 +273,6 @@ def test_sources_are_chosen_by_confidence() -> None:
     plain = Augment(guided=False)
     assert grokd.matters(plain, "share")
     assert not grokd.matters(replace(plain, sources="misclassified"), "share")
-
     assert sorted(pick(sources="all")) == [0, 1, 2, 3]
     assert pick(balanced=True) == [1, 2]
 

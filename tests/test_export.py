@@ -161,8 +161,33 @@ def test_report_has_the_names_of_the_table(trained: Path) -> None:
     assert [group["name"] for group in results["groups"]] == GROUPS
 
 
-def test_seed_is_the_best_on_the_selection_part(trained: Path) -> None:
+def seen_gpu(device: str) -> dict[str, str]:
+    """What `origin` says where a GPU is visible."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        return grokd.origin(1, device)
+
+
+def test_records_name_the_processor_that_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(sys, "argv", ["grokd.py", "run", "my recipe.py"])
+    about = seen_gpu("")
+    assert about["command"] == "python grokd.py run 'my recipe.py'"
+    assert about["hardware"].startswith("a GPU, 1 process")
+    assert seen_gpu("cpu")["hardware"].startswith(f"{grokd.processor_name()}, 1 process")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert seen_gpu("")["hardware"].startswith(grokd.processor_name())
+
+
+def test_seed_is_the_best_on_the_selection_part(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = list[str]()
+    origin = grokd.origin
+    monkeypatch.setattr(grokd, "origin", lambda n, on: named.append(on) or origin(n, on))
     command(trained, "export", "tiny.py", "--student", "agre", "--format", "safetensors")
+    assert named == ["cpu"]  # where the files were timed
     about = json.loads((trained / "runs/tiny/export/agre/config.json").read_text())
     validated = {
         path: json.loads(grokd.read_metadata(path)["metrics"])["wga"]
@@ -324,7 +349,12 @@ def test_broken_int8_is_refused_unless_it_is_asked_for(
         command(trained, *args)
     assert not (trained / "runs/tiny/export/students-one-hot-dfr-seed0-model").exists()
     command(trained, *args, "--max-wga-loss", "100")
-    assert (trained / "runs/tiny/export/students-one-hot-dfr-seed0-model").is_dir()
+    folder = trained / "runs/tiny/export/students-one-hot-dfr-seed0-model"
+    before = (folder / "config.json").stat().st_mtime_ns
+    with pytest.raises(grokd.Problem, match=r"int8: the worst group's accuracy would fall by"):
+        command(trained, *args, "--redo")
+    command(trained, *args, "--max-wga-loss", "100")  # it stands, and its note
+    assert (folder / "config.json").stat().st_mtime_ns == before
 
 
 def test_missing_package_is_named_with_its_extra(
