@@ -8567,6 +8567,9 @@ TIMED_IMAGES, TIMED_SECONDS = 30, 2.0  # at most
 # torchvision's networks that timm has under the same name, with the same keys.
 SHARED_WITH_TIMM = re.compile(r"(wide_)?resnex?t\d+\w*|densenet\d+")
 
+# Networks whose last output a projector takes otherwise than as it is, see as_map.
+OTHER_MAPS = (TIMM, "vit_", "swin_")
+
 PYTORCH = {"format": "pt"}  # other readers of safetensors ask for it
 # What a graph says of itself, of the metadata of the weights, and of its input.
 KEPT_METADATA = ("arch", "class_names", "fingerprint", "recipe")
@@ -8972,7 +8975,9 @@ def describe_export(
     """What config.json says: network, input, figures, origin; in timm's layout where timm has the
     network with these keys."""
     store, data, metadata = ctx.store, ctx.store.data, read_metadata(source.path)
-    settings = ctx.recipe.export
+    settings, projector = ctx.recipe.export, None
+    if model.projection:
+        projector = model.projection._asdict() | {"head": model.head_path}
     counts = {part: store.counts(part).tolist() for part in SPLITS}
     if store.num_unknown:
         counts["train"] = [None] * len(store.group_names)
@@ -8982,7 +8987,7 @@ def describe_export(
         "arch": model.arch,
         "num_classes": model.num_classes,
         "num_features": model.head.in_features,
-        "projector": model.projection._asdict() if model.projection else None,
+        "projector": projector,
         "label_names": list(store.class_names),
         "input": {
             "name": "images", "shape": ["batch", 3, data.crop, data.crop], "dtype": "float32",
@@ -9158,15 +9163,41 @@ def use_text(about: Mapping[str, Any]) -> str:
 
 def snippet_network(about: Mapping[str, Any]) -> list[str]:
     """Lines that build the plain network and load it; empty for a network of grokd's own."""
-    arch = about["arch"]
-    if arch in SMALL or arch.startswith("clip:") or about["projector"]:
+    arch, projector = about["arch"], about["projector"]
+    if arch in SMALL or arch.startswith("clip:"):
+        return []
+    if projector and arch.startswith(OTHER_MAPS):
         return []
     if arch.startswith(TIMM):
         return ['network = timm.create_model("local-dir:.", pretrained=True)']
     name, classes = json.dumps(arch), about["num_classes"]
-    return [
+    lines = [
         f"network = torchvision.models.get_model({name}, num_classes={classes})",
-        f'network.load_state_dict(load_file("{FILES["safetensors"]}"))',
+        f'weights = load_file("{FILES["safetensors"]}")',
+    ]
+    if projector:
+        lines += snippet_projector(projector, classes)
+    return [*lines, "network.load_state_dict(weights)"]
+
+
+def snippet_projector(projector: Mapping[str, Any], num_classes: int) -> list[str]:
+    """Lines that put the projector of `build_projector` beside the network, with its head, and keep
+    the map that it takes."""
+    narrow, wide, path = projector["features"] // 2, projector["features"], projector["head"]
+    after = f"nn.BatchNorm2d({narrow}), nn.ReLU(),"
+    return [
+        "network.projector = nn.Sequential(",
+        f"    nn.AdaptiveAvgPool2d({projector['side']}),",
+        f"    nn.Conv2d({projector['width']}, {narrow}, 1, bias=False), {after}",
+        f"    nn.Conv2d({narrow}, {narrow}, 3, padding=1, bias=False), {after}",
+        f"    nn.Conv2d({narrow}, {wide}, 1, bias=False), nn.BatchNorm2d({wide}), nn.ReLU(),",
+        "    nn.AdaptiveAvgPool2d(1), nn.Flatten(),",
+        ")",
+        f'network.set_submodule("{path}", nn.Identity())',
+        f"head, maps = nn.Linear({wide}, {num_classes}), []",
+        f'head.load_state_dict({{key: weights.pop("{path}." + key) for key in ("weight", "bias")}})',
+        f'layer = network.get_submodule("{projector["layer"]}")',
+        "layer.register_forward_hook(lambda module, images, output: maps.append(output))",
     ]
 
 
@@ -9184,6 +9215,8 @@ def snippet(kind: str, about: Mapping[str, Any]) -> str:
     lines = [f"import json, numpy as np, {packages[kind]}", "from PIL import Image, ImageOps"]
     if kind == "safetensors" and not about["arch"].startswith(TIMM):
         lines.append("from safetensors.torch import load_file")
+        if about["projector"]:
+            lines.append("from torch import nn")
     lines.append('image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")')
     fit = f"image.resize(({size}, {size})" if resize["geometry"] == "squash" else (
         f"ImageOps.fit(image, ({size}, {size})")
@@ -9209,6 +9242,8 @@ def snippet(kind: str, about: Mapping[str, Any]) -> str:
             )
         mean, std = (f"torch.tensor({about[key]}).view(3, 1, 1)" for key in ("mean", "std"))
         lines += [*network, f"logits = network.eval()((images - {mean}) / {std})"]
+        if about["projector"]:
+            lines.append("logits = head(network.projector(maps[0]))  # in place of the network's own")
     lines.append('print(json.load(open("config.json"))["label_names"][int(logits[0].argmax())])')
     return "\n".join(["```python", *lines, "```"])
 

@@ -64,10 +64,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def random_network(path: Path, arch: str, side: int = 0) -> None:
-    """A weights file of grokd's of a random network that tells its images apart."""
+def random_network(path: Path, arch: str, side: int = 0, projected: int = 0) -> None:
+    """A weights file of grokd's of a random network that tells its images apart, of a SimKD student
+    whose projector puts out so many channels."""
     input = grokd.Input(side)
     model = grokd.build_model(arch, "random", 2, input, 0)
+    if projected:
+        grokd.add_projector(model, side or 64, torch.zeros(1, projected, 2, 2), 0)
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
@@ -77,6 +80,8 @@ def random_network(path: Path, arch: str, side: int = 0) -> None:
         model.train()(torch.rand(8, 3, side or 64, side or 64))
     about = {"arch": arch, "class_names": '["0", "1"]',
              "input": json.dumps(dataclasses.asdict(input))}
+    if model.projection:
+        about["projector"] = json.dumps(model.projection._asdict())
     save_file(model.plain_state(), path, about)
 
 
@@ -239,6 +244,20 @@ def test_snippets_and_timm_answer_as_grokd_does(resnet: tuple[Path, Path]) -> No
         assert np.allclose(logits, expected, atol=1e-4 * float(expected.abs().max()))
     name = ("land", "sea")[int(expected.argmax())]
     assert [line.split()[-1] for line in printed] == [name] * 3
+
+
+def test_snippet_of_a_simkd_student_answers_as_grokd_does(tmp_path: Path) -> None:
+    """Of a network that has layers between its last map and the head."""
+    folder, network = write_images(tmp_path), tmp_path / "net.safetensors"
+    shaped(folder, 72, 64)
+    random_network(network, "mobilenet_v3_small", projected=32)
+    command(folder, "export", "shaped.py", "--model", "net.safetensors", "--format", "safetensors")
+    files, image = folder / "runs/shaped/export/net", folder / "test110.png"
+    assert "needs grokd" not in (files / "README.md").read_text()
+    expected = logits_of(network, image, grokd.Data(size=72, crop=64))
+    found, _ = used_elsewhere(files, image)
+    close = 1e-4 * float(expected.abs().max())
+    assert np.allclose(found["model.safetensors"], expected, atol=close)
 
 
 def test_header_of_the_card_is_yaml(resnet: tuple[Path, Path]) -> None:
