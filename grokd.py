@@ -9195,7 +9195,8 @@ def snippet_projector(projector: Mapping[str, Any], num_classes: int) -> list[st
         ")",
         f'network.set_submodule("{path}", nn.Identity())',
         f"head, maps = nn.Linear({wide}, {num_classes}), []",
-        f'head.load_state_dict({{key: weights.pop("{path}." + key) for key in ("weight", "bias")}})',
+        f'of_head = {{key: weights.pop("{path}." + key) for key in ("weight", "bias")}}',
+        "head.load_state_dict(of_head)",
         f'layer = network.get_submodule("{projector["layer"]}")',
         "layer.register_forward_hook(lambda module, images, output: maps.append(output))",
     ]
@@ -9243,7 +9244,7 @@ def snippet(kind: str, about: Mapping[str, Any]) -> str:
         mean, std = (f"torch.tensor({about[key]}).view(3, 1, 1)" for key in ("mean", "std"))
         lines += [*network, f"logits = network.eval()((images - {mean}) / {std})"]
         if about["projector"]:
-            lines.append("logits = head(network.projector(maps[0]))  # in place of the network's own")
+            lines.append("logits = head(network.projector(maps[0]))  # not the network's own")
     lines.append('print(json.load(open("config.json"))["label_names"][int(logits[0].argmax())])')
     return "\n".join(["```python", *lines, "```"])
 
@@ -10313,8 +10314,8 @@ class DryRun:
             )
         if any(each.sources == "misclassified" for each in self.recipe.augments.values()):
             lines.append(
-                f"Guessed: a student gets {100 * MISTAKEN:.0f} % of the training images wrong, from "
-                "which sets of its mistakes start."
+                f"Guessed: a student gets {100 * MISTAKEN:.0f} % of the training images wrong, "
+                "from which a set of its mistakes begins."
             )
         lines += self.disk_lines()
         memory = f"{self.memory() / 2**30:.2f} GiB of memory"

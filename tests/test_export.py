@@ -188,9 +188,13 @@ def test_records_name_the_processor_that_computed(monkeypatch: pytest.MonkeyPatc
 def test_seed_is_the_best_on_the_selection_part(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    named = list[str]()
-    origin = grokd.origin
-    monkeypatch.setattr(grokd, "origin", lambda n, on: named.append(on) or origin(n, on))
+    named, origin = list[str](), grokd.origin
+
+    def spied(processes: int, device: str) -> dict[str, str]:
+        named.append(device)
+        return origin(processes, device)
+
+    monkeypatch.setattr(grokd, "origin", spied)
     command(trained, "export", "tiny.py", "--student", "agre", "--format", "safetensors")
     assert named == ["cpu"]  # where the files were timed
     about = json.loads((trained / "runs/tiny/export/agre/config.json").read_text())
