@@ -102,7 +102,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, tqdm
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -200,6 +200,7 @@ class Mark(enum.Enum):
     HEAD = enum.auto()  # it decides the head alone: networks are trained once for all its values
     CONTENT = enum.auto()  # it may name a file or folder: what counts is what that contains
     CURVE = enum.auto()  # students that differ in it alone are drawn as a curve
+    FILLED = enum.auto()  # a tuple that must not be empty
     ADDED = enum.auto()  # younger than finished files: its default leaves fingerprints as they were
 
 
@@ -257,7 +258,8 @@ class Data:
     reader: Annotated[
         tyro.conf.Suppress[Callable[[Path], Sequence[Row]] | None], Mark.INERT
     ] = None
-    # Names of the classes; if the table's column holds names, these give them their order.
+    # Names of the classes; if the table's column holds names, these give them their order. Empty:
+    # the column's own in sorted order, or class 0, class 1 ...
     class_names: Annotated[tuple[str, ...], Mark.INERT] = ()
     # Names of the attribute's values, likewise.
     attribute_names: Annotated[tuple[str, ...], Mark.INERT] = ()
@@ -358,7 +360,7 @@ class DFR:
     # l1: refits that are averaged; one alone costs about a point (second-hand figure).
     num_refits: Annotated[Count, When(method=("auto", "l1"))] = 20
     # l1: inverse penalties tried on one half of the reweighting part, judged on the other.
-    penalties: Annotated[tuple[Positive, ...], When(method=("auto", "l1"))] = (
+    penalties: Annotated[tuple[Positive, ...], When(method=("auto", "l1")), Mark.FILLED] = (
         1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01,
     )
     # sgd: passes over the reweighting part.
@@ -386,11 +388,11 @@ class Teachers:
     # Architecture, by torchvision's name, by timm's (timm:convnextv2_tiny; needs the extra timm),
     # one of cnn2, resnet8, resnet8_gn (16 to 32 pixels), or clip:..., as recipes/clip_teacher.py
     # prints it. Several are dealt out in turn.
-    arch: tuple[str, ...] = ("resnet50",)
+    arch: Annotated[tuple[str, ...], Mark.FILLED] = ("resnet50",)
     # Initial weights: random, DEFAULT (torchvision's or timm's), another name of torchvision's
     # (IMAGENET1K_V2) or a file of yours (.safetensors, .pth). Several are dealt out in turn. With
     # --epochs 0 they stay.
-    weights: Annotated[tuple[str, ...], Mark.CONTENT] = ("DEFAULT",)
+    weights: Annotated[tuple[str, ...], Mark.CONTENT, Mark.FILLED] = ("DEFAULT",)
     # Teachers that are finished, by number: their weights stay, only their heads are refitted. The
     # classes of such a file are those of the data, in their order.
     finished: Annotated[tuple[Natural, ...], Mark.INERT] = ()
@@ -625,7 +627,8 @@ class Diffusion:
     epochs: Natural = 300
     batch_size: Count = 64  # Images a step, over all processes.
     lr: Positive = 1e-3  # Of AdamW; falls to 0 on a cosine.
-    widths: tuple[Count, ...] = (64, 128, 128)  # Channels at full, half, quarter ... resolution.
+    # Channels at full, half, quarter ... resolution.
+    widths: Annotated[tuple[Count, ...], Mark.FILLED] = (64, 128, 128)
     num_timesteps: Count = 1000  # Noise levels.
     class_conditional: bool = True  # Tell the generator the class.
     ema: Share = 0.999  # Decay of the moving average of weights, which is what is kept.
@@ -635,6 +638,7 @@ class Diffusion:
 
 
 GUIDED = When(guided=True)
+OWN_SOURCES = When(guided=True, like="")
 
 
 @dataclass(frozen=True)
@@ -680,12 +684,14 @@ class Augment:
     # Training images to start from, by the student's confidence f_y (least-certain: max p).
     sources: Annotated[
         Literal["least-confident", "least-certain", "most-confident", "misclassified", "all"],
-        When(like=""),
+        OWN_SOURCES,
     ] = "least-confident"
-    # Share of the training images taken.
-    share: Annotated[Share, When(sources=Not("all"))] = 0.5
-    count: Annotated[Natural, When(like="")] = 0  # How many are taken; 0: the share.
-    balanced: Annotated[bool, When(like="")] = False  # As many of each class.
+    # Share of the training images taken; of the misclassified all are.
+    share: Annotated[
+        Share, When(sources=("least-confident", "least-certain", "most-confident"))
+    ] = 0.5
+    count: Annotated[Natural, OWN_SOURCES] = 0  # How many are taken; 0: the share.
+    balanced: Annotated[bool, OWN_SOURCES] = False  # As many of each class.
     in_flight: Annotated[Count, Mark.INERT] = 64  # Images optimised together.
     # Of these, how many pass through the networks at once; fewer if memory runs out. 0: as many as
     # it holds by an estimate, which is printed.
@@ -2761,14 +2767,33 @@ def read_table(path: Path, data: Data) -> list[dict[str, str]]:
     return records
 
 
+def with_names(data: Data, root: str) -> Data:
+    """The same data, named by the words of the table where the recipe gives no names."""
+    if data.reader is not None:
+        return data
+    records = read_table(Path(root) / data.metadata, data)
+    classes, attributes = data.class_names, data.attribute_names
+    classes = classes or tuple(column_words(data.label_column, records))
+    if data.attribute_column:
+        attributes = attributes or tuple(column_words(data.attribute_column, records))
+    return replace(data, class_names=classes, attribute_names=attributes)
+
+
+def column_words(column: str, records: Sequence[Mapping[str, str]]) -> list[str]:
+    """The words a column holds, sorted; none if it holds numbers."""
+    words = sorted({record[column] or "" for record in records} - {""})
+    is_numbered = all(word.isdecimal() and len(word) < 10 for word in words)  # longer: names
+    return [] if is_numbered else words
+
+
 def column_codes(
     path: Path, column: str, records: Sequence[Mapping[str, str]], names: tuple[str, ...]
 ) -> list[int]:
     """The numbers a column holds, or the places of its words in `names` (else in sorted order);
     -1 for what it leaves empty."""
     values = [record[column] or "" for record in records]
-    words = sorted({*values} - {""})
-    if all(word.isdecimal() and len(word) < 10 for word in words):  # longer ones are names
+    words = column_words(column, records)
+    if not words:
         return [int(value or -1) for value in values]
     order = list(names) or words
     for line, value in enumerate(values, 2):
@@ -3119,7 +3144,7 @@ def loss_clusters(losses: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarr
 
 def open_store(data: Data, root: str) -> Store:
     """Build the store of a data set, or find the one built before; check the groups."""
-    rows = checked_rows(data, root)
+    data, rows = with_names(data, root), checked_rows(data, root)
     encoded = is_encoded(rows, data)
     folder = store_folder(rows, data)
     with locked(folder.with_suffix(".lock"), wait=True) as alone:
@@ -4523,6 +4548,7 @@ class Artefact:
     settings: Mapping[str, Any]
     parents: Mapping[str, Artefact]
     owns_folder: bool = False  # does it have a folder of its own, `path` being a note in it?
+    stays: bool = False  # does what stands of it stay until another takes its place?
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -4566,7 +4592,8 @@ class Artefact:
 
     def remove(self) -> None:
         """Delete what stands of it, finished or begun."""
-        self.path.unlink(missing_ok=True)
+        if not self.stays:
+            self.path.unlink(missing_ok=True)
         shutil.rmtree(self.work, ignore_errors=True)
         for path in self.strays():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -8158,7 +8185,8 @@ def describe_run(ctx: Context) -> dict[str, Any]:
         }
         for name, scored, trained in sizes
     ]
-    return {"about": origin(ctx.runtime.accelerator.num_processes) | about, "groups": groups}
+    made = origin(ctx.runtime.accelerator.num_processes, ctx.runtime.device.type)
+    return {"about": made | about, "groups": groups}
 
 
 def probe_models(ctx: Context, by_trunk: Mapping[str, Sequence[Scored]]) -> list[dict[str, Any]]:
@@ -8215,7 +8243,7 @@ def describe_sizes(models: Sequence[Scored], ctx: Context) -> dict[str, Any]:
     architecture; on the device at work, in the weights' precision."""
     device, side = ctx.runtime.device, ctx.store.data.crop
     images = torch.rand(SIZE_BATCH, 3, side, side, device=device)
-    timed: dict[tuple[str, Input], dict[str, float]] = {}
+    timed: dict[tuple[str, Input, Projection | None], dict[str, float]] = {}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for model in models:
         arch = read_metadata(model.path)["arch"]
@@ -8223,7 +8251,7 @@ def describe_sizes(models: Sequence[Scored], ctx: Context) -> dict[str, Any]:
             rows[model.row, arch]["models"].append(model.name)
             continue
         network = load_model(model.path, device, ctx.store)
-        key = arch, network.input
+        key = arch, network.input, network.projection
         if key not in timed:
             timed[key] = measure_size(network, images)
         rows[model.row, arch] = {"name": model.row, "arch": arch, "models": [model.name]}
@@ -8633,8 +8661,17 @@ def curves_over(setting: Setting, recipe: Recipe) -> list[dict[str, Any]]:
     return described
 
 
-def origin(processes: int = 1) -> dict[str, str]:
-    """Where figures come from: command, date, commit, machine, versions."""
+def processor_name() -> str:
+    """The name of this machine's CPU."""
+    with contextlib.suppress(OSError):
+        if cpu := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return cpu[1]
+    return platform.processor() or platform.machine()
+
+
+def origin(processes: int = 1, device: str = "") -> dict[str, str]:
+    """Where figures come from: command, date, commit, machine, versions. They were computed on a
+    `device` (cpu, cuda); without a name on that of accelerate's choice."""
     folder = str(Path(__file__).parent)
     describe = ["git", "-C", folder, "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -8642,17 +8679,14 @@ def origin(processes: int = 1) -> dict[str, str]:
         commit = done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a clone
         commit = f"grokd {__version__}"
-    machine = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        machine = cpu[1] if cpu else machine
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
+    if not device and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = torch.cuda.get_device_name() if device == "cuda" else processor_name()
     versions = f"grokd {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     script = Path(sys.argv[0])
     script = Path(script.name) if script.is_absolute() else script
     return {
-        "command": " ".join(["python", str(script), *sys.argv[1:]]),
+        "command": shlex.join(["python", str(script), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit,
         "versions": versions,
@@ -8678,6 +8712,9 @@ CHECKED_AT_ONCE = 32  # images
 TIMED_IMAGES, TIMED_SECONDS = 30, 2.0  # at most
 # torchvision's networks that timm has under the same name, with the same keys.
 SHARED_WITH_TIMM = re.compile(r"(wide_)?resnex?t\d+\w*|densenet\d+")
+
+# Networks whose last output a projector takes otherwise than as it is, see as_map.
+OTHER_MAPS = (TIMM, "vit_", "swin_")
 
 PYTORCH = {"format": "pt"}  # other readers of safetensors ask for it
 # What a graph says of itself, of the metadata of the weights, and of its input.
@@ -8719,6 +8756,7 @@ def run_export(ctx: Context) -> None:
     artefact = Artefact(
         f"export/{source.name}", ctx.out / "export" / f"{source.name}.json", "export",
         settings_of(settings) | ctx.data_settings, {each.name: each for each in source.parents},
+        stays=True,
     )
     runtime.first(lambda: look_at_place(artefact, ctx))
 
@@ -9084,7 +9122,9 @@ def describe_export(
     """What config.json says: network, input, figures, origin; in timm's layout where timm has the
     network with these keys."""
     store, data, metadata = ctx.store, ctx.store.data, read_metadata(source.path)
-    settings = ctx.recipe.export
+    settings, projector = ctx.recipe.export, None
+    if model.projection:
+        projector = model.projection._asdict() | {"head": model.head_path}
     counts = {part: store.counts(part).tolist() for part in SPLITS}
     if store.num_unknown:
         counts["train"] = [None] * len(store.group_names)
@@ -9094,7 +9134,7 @@ def describe_export(
         "arch": model.arch,
         "num_classes": model.num_classes,
         "num_features": model.head.in_features,
-        "projector": model.projection._asdict() if model.projection else None,
+        "projector": projector,
         "label_names": list(store.class_names),
         "input": {
             "name": "images", "shape": ["batch", 3, data.crop, data.crop], "dtype": "float32",
@@ -9117,7 +9157,7 @@ def describe_export(
         "checked_images": len(indices),
         "calibration_images": len(calibration_images(settings, store)) if settings.int8 else 0,
         "formats": dict(figures),
-        "made": origin(ctx.runtime.accelerator.num_processes),
+        "made": origin(ctx.runtime.accelerator.num_processes, "cpu"),  # files are run there
         "packages": {
             name: importlib.metadata.version(name)
             for name in packages if importlib.util.find_spec(name)
@@ -9270,15 +9310,42 @@ def use_text(about: Mapping[str, Any]) -> str:
 
 def snippet_network(about: Mapping[str, Any]) -> list[str]:
     """Lines that build the plain network and load it; empty for a network of grokd's own."""
-    arch = about["arch"]
-    if arch in SMALL or arch.startswith("clip:") or about["projector"]:
+    arch, projector = about["arch"], about["projector"]
+    if arch in SMALL or arch.startswith("clip:"):
+        return []
+    if projector and arch.startswith(OTHER_MAPS):
         return []
     if arch.startswith(TIMM):
         return ['network = timm.create_model("local-dir:.", pretrained=True)']
     name, classes = json.dumps(arch), about["num_classes"]
-    return [
+    lines = [
         f"network = torchvision.models.get_model({name}, num_classes={classes})",
-        f'network.load_state_dict(load_file("{FILES["safetensors"]}"))',
+        f'weights = load_file("{FILES["safetensors"]}")',
+    ]
+    if projector:
+        lines += snippet_projector(projector, classes)
+    return [*lines, "network.load_state_dict(weights)"]
+
+
+def snippet_projector(projector: Mapping[str, Any], num_classes: int) -> list[str]:
+    """Lines that put the projector of `build_projector` beside the network, with its head, and keep
+    the map that it takes."""
+    narrow, wide, path = projector["features"] // 2, projector["features"], projector["head"]
+    after = f"nn.BatchNorm2d({narrow}), nn.ReLU(),"
+    return [
+        "network.projector = nn.Sequential(",
+        f"    nn.AdaptiveAvgPool2d({projector['side']}),",
+        f"    nn.Conv2d({projector['width']}, {narrow}, 1, bias=False), {after}",
+        f"    nn.Conv2d({narrow}, {narrow}, 3, padding=1, bias=False), {after}",
+        f"    nn.Conv2d({narrow}, {wide}, 1, bias=False), nn.BatchNorm2d({wide}), nn.ReLU(),",
+        "    nn.AdaptiveAvgPool2d(1), nn.Flatten(),",
+        ")",
+        f'network.set_submodule("{path}", nn.Identity())',
+        f"head, maps = nn.Linear({wide}, {num_classes}), []",
+        f'of_head = {{key: weights.pop("{path}." + key) for key in ("weight", "bias")}}',
+        "head.load_state_dict(of_head)",
+        f'layer = network.get_submodule("{projector["layer"]}")',
+        "layer.register_forward_hook(lambda module, images, output: maps.append(output))",
     ]
 
 
@@ -9296,6 +9363,8 @@ def snippet(kind: str, about: Mapping[str, Any]) -> str:
     lines = [f"import json, numpy as np, {packages[kind]}", "from PIL import Image, ImageOps"]
     if kind == "safetensors" and not about["arch"].startswith(TIMM):
         lines.append("from safetensors.torch import load_file")
+        if about["projector"]:
+            lines.append("from torch import nn")
     lines.append('image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")')
     fit = f"image.resize(({size}, {size})" if resize["geometry"] == "squash" else (
         f"ImageOps.fit(image, ({size}, {size})")
@@ -9321,6 +9390,8 @@ def snippet(kind: str, about: Mapping[str, Any]) -> str:
             )
         mean, std = (f"torch.tensor({about[key]}).view(3, 1, 1)" for key in ("mean", "std"))
         lines += [*network, f"logits = network.eval()((images - {mean}) / {std})"]
+        if about["projector"]:
+            lines.append("logits = head(network.projector(maps[0]))  # not the network's own")
     lines.append('print(json.load(open("config.json"))["label_names"][int(logits[0].argmax())])')
     return "\n".join(["```python", *lines, "```"])
 
@@ -9341,6 +9412,7 @@ def check(value: Any, hint: Any, name: str, words: str = "") -> None:
     if origin is Annotated:
         check(value, args[0], name, words)
         fits = all(limit.low <= value <= limit.high for limit in markers(hint, Range))
+        fits &= Mark.FILLED not in args or len(value) > 0
     elif origin in (types.UnionType, typing.Union):
         fits = any(_is_a(value, kind) for kind in args)
     else:
@@ -9385,6 +9457,8 @@ def in_words(hint: Any) -> str:
             words += f" at least {limits.low:g}"
         if limits.high < math.inf:
             words += f" and at most {limits.high:g}"
+        if Mark.FILLED in args:
+            words += ", one or more"
         return words
     if origin in (types.UnionType, typing.Union):
         return " or ".join(map(in_words, args))
@@ -9422,8 +9496,6 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
         raise Problem(f"{name}: data.crop = {data.crop} is larger than data.size = {data.size}.")
     if not recipe.seeds or not recipe.students:
         raise Problem(f"{name}: needs at least one seed and one student.")
-    if data.reweighting == 1:
-        check_no_selection(recipe, name)
     for i in (bias_model.teacher, *bias_model.teachers) if bias_model.kind == "teacher" else ():
         if i >= teachers.num_teachers:
             raise Problem(
@@ -9483,21 +9555,33 @@ def check_attributes(recipe: Recipe, store: Store) -> None:
         raise Problem(f"eval.split = 'train' {lacking}: score val, selection or test.")
 
 
-def check_no_selection(recipe: Recipe, name: str) -> None:
-    """Raise Problem for what needs a selection part, where all of validation refits heads."""
-    if recipe.eval.probes:
-        raise Problem(
-            f"{name}: eval.probes are scored on the selection part: data.reweighting = 1 leaves "
-            "none."
-        )
+def check_selection(recipe: Recipe, store: Store) -> None:
+    """Raise Problem for what needs a selection part, where all of validation refits heads; warn of
+    groups that are not in it."""
+    if len(store.split("selection")):
+        sizes = zip(store.group_names, store.counts("selection"), strict=True)
+        if absent := [name for name, count in sizes if not count]:
+            say(
+                f"warning: the selection part has no image of group {'; '.join(absent)}, so what "
+                "is chosen by it is chosen by the other groups: add validation images, or lower "
+                "Data.reweighting."
+            )
+        return
     trains = {f"students[{key!r}]": student.train for key, student in recipe.students.items()}
     trains |= {"teachers": recipe.teachers.train, "bias_model": recipe.bias_model.train}
-    for place, train in trains.items():
-        if train.select == "best":
-            raise Problem(
-                f"{name}: {place}.select = 'best' needs a selection part: data.reweighting = 1 "
-                "leaves none."
-            )
+    needing = [
+        f"{place}.select = 'best'" for place, train in trains.items() if train.select == "best"
+    ]
+    if recipe.eval.split == "selection":
+        needing.append("eval.split = 'selection'")
+    if recipe.eval.probes:
+        needing.append("eval.probes")
+    if needing:
+        raise Problem(
+            f"{needing[0]} needs a selection part: of {len(store.split('val')):,} validation "
+            f"images data.reweighting = {recipe.data.reweighting:g} leaves none; lower it, or add "
+            "validation images."
+        )
 
 
 def check_references(
@@ -9605,6 +9689,7 @@ PROBE_SECONDS, WARM_UP = 1.5, 3
 # Only trained networks could tell, so it is a guess: this share of a guided set's sources pass,
 # halfway through their iterations (ours; on the digits 51 and 64 % do).
 ACCEPTED = 0.5
+MISTAKEN = 0.1  # likewise: a student gets this share of its training images wrong (ours)
 
 
 @dataclass
@@ -9677,7 +9762,7 @@ def folder_bytes(folder: Path) -> int:
 
 def counted_store(data: Data, root: str) -> Store:
     """The store if it was built before, else what the rows tell of it."""
-    rows = checked_rows(data, root)
+    data, rows = with_names(data, root), checked_rows(data, root)
     return stored_rows(rows, data, store_folder(rows, data))
 
 
@@ -9715,7 +9800,7 @@ def trial_context(ctx: Context, folder: Path) -> Context:
     few = few_rows(rows, max(2 * max(batches), least))
     largest = 0.0 if is_encoded(rows, recipe.data) else recipe.data.max_store_gb
     data = replace(
-        recipe.data, reader=lambda root: few, store=str(folder / "store"), max_store_gb=largest
+        ctx.store.data, reader=lambda root: few, store=str(folder / "store"), max_store_gb=largest
     )
     return replace(
         ctx, recipe=replace(recipe, data=data), store=open_store(data, recipe.root),
@@ -9951,14 +10036,15 @@ class DryRun:
         """Students whose training costs alike, the number and kinds of their teachers included."""
         student = self.ctx.students[name]
         frozen = frozen_networks(student, self.trial)
-        return kind_of(student, len(frozen), sorted({self.arch(each) for each in frozen}))
+        return kind_of(student, len(frozen), sorted({self.network(each)[0] for each in frozen}))
 
-    def arch(self, artefact: Artefact) -> str:
-        """The architecture of a teacher or the biased model."""
+    def network(self, artefact: Artefact) -> tuple[str, Input]:
+        """The architecture of a teacher or the biased model, and what it is fed."""
         kind, number, *_ = artefact.name.split("/")
         if kind == "bias-model":
-            return self.recipe.bias_model.arch
-        return self.recipe.teachers.of(int(number)).arch[0]
+            return self.recipe.bias_model.arch, self.recipe.bias_model.input
+        teacher = self.recipe.teachers.of(int(number))
+        return teacher.arch[0], teacher.input
 
     def stand_in(self, artefacts: Sequence[Artefact]) -> None:
         """Write networks in place of those that the run makes, each with a trunk of its own."""
@@ -10039,7 +10125,7 @@ class DryRun:
             heads = self.stage(f"{refit_name(section.dfr, self.store)} heads")
             head = self.ctx.teacher(i, "dfr")
             if self.is_due(artefact):
-                pace, train = self.teacher_pace(i), section.train
+                pace, train = self.teacher_pace(i), section.of(i).train
                 stage.to_make += 1
                 course = Course(train, num_images, train.epochs, artefact.work)
                 self.count_training(stage, pace, course)
@@ -10077,14 +10163,14 @@ class DryRun:
 
     def count_bias_model(self) -> None:
         section, artefact = self.recipe.bias_model, self.ctx.bias()
-        is_copy = section.kind == "teacher"
+        is_copy, teachers = section.kind == "teacher", self.recipe.teachers
         stage = self.stage("biased model (a copy)" if is_copy else "biased model")
         if not self.is_due(artefact):
             stage.finished = 1
             return
         pace, num_images = self.bias_pace(), len(self.store.split("train"))
         stage.to_make = 1
-        train = self.recipe.teachers.train if is_copy else section.train
+        train = teachers.of(section.teacher).train if is_copy else section.train
         epochs = train.epochs
         if section.kind == "early-stopped":
             epochs = min(section.stop_after, epochs)
@@ -10137,8 +10223,12 @@ class DryRun:
         settings, train = self.ctx.sets[name], self.store.split("train")
         if settings.like:
             return self.num_accepted(settings.like, seed)
-        nothing_known = torch.zeros(len(train), self.store.num_classes)
-        return len(pick_sources(settings, nothing_known, self.store.labels[train]))
+        labels = self.store.labels[train]
+        answers = labels.copy()
+        answers[:: round(1 / MISTAKEN)] += 1
+        num_classes = self.store.num_classes
+        guess = F.one_hot(torch.from_numpy(answers % num_classes), num_classes)
+        return len(pick_sources(settings, guess, labels))
 
     def num_accepted(self, name: str, seed: int) -> int:
         """Images of a set, or as many as are to be expected."""
@@ -10311,6 +10401,29 @@ class DryRun:
             seconds = self.timed("probes", lambda: probe_models(trial, scored))
             few, every = (len(each.split("val")) for each in (trial.store, store))
             stage.seconds += seconds * len(trunks) * every / few
+        if recipe.eval.analysis:
+            stage.seconds += self.analysis_seconds()
+
+    def analysis_seconds(self) -> float:
+        """Eval.analysis: the training and the scored images, of students and the networks that they
+        learnt from; then the scored ones again, as a row's features and in a student's batches."""
+        recipe, store = self.recipe, self.store
+        num_scored = len(store.split(recipe.eval.split))
+        networks: dict[str, tuple[str, Input]] = {}
+        for seed, names in students_alike(recipe):
+            student = self.ctx.students[names[0]]
+            networks[f"{names[0]}, {seed}"] = student.arch, student.input
+            for frozen in frozen_networks(student, self.trial):
+                networks[str(Path(frozen.name).parent)] = self.network(frozen)
+        parts = {"train", recipe.eval.split}
+        num_images = sum(len(store.split(part)) for part in parts)
+        seconds = num_images * sum(self.predict_seconds(*each) for each in networks.values())
+        for name, student in recipe.students.items():
+            seconds += num_scored * self.predict_seconds(student.arch, student.input)
+            if student.has_teachers:
+                image = self.student_pace(name).step / student.train.batch_size
+                seconds += len(recipe.seeds) * num_scored * image
+        return seconds
 
     # What is printed
 
@@ -10360,6 +10473,11 @@ class DryRun:
             lines.append(
                 f"Guessed: of a guided set's sources {100 * ACCEPTED:.0f} % pass, halfway through "
                 "their iterations."
+            )
+        if any(each.sources == "misclassified" for each in self.recipe.augments.values()):
+            lines.append(
+                f"Guessed: a student gets {100 * MISTAKEN:.0f} % of the training images wrong, "
+                "from which a set of its mistakes begins."
             )
         lines += self.disk_lines()
         memory = f"{self.memory() / 2**30:.2f} GiB of memory"
@@ -10842,6 +10960,7 @@ def command_line(argv: Sequence[str]) -> None:
         find_store = counted_store if own.dry_run else open_store
         store = find_store(recipe.data, recipe.root)
         check_attributes(recipe, store)
+        check_selection(recipe, store)
         makes = ["teachers", "bias-model", "distill", "augment"] if command == "run" else [command]
         ctx = Context(
             name, recipe, store, Path(common.out), runtime, common, makes,

@@ -94,9 +94,12 @@ def read_table(path: Path, image_column: str) -> tuple[list[str], list[dict[str,
     """Columns and rows of the table. Raises Problem for missing columns, cells and files."""
     if not path.is_file():
         raise Problem(f"{path} does not exist.")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        rows, columns = list(reader), list(reader.fieldnames or [])
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), list(reader.fieldnames or [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise Problem(f"{path} is no table of text in UTF-8 ({error}): save it as CSV.") from error
     if image_column not in columns:
         raise Problem(f"{path} has no column {image_column!r}; it has "
                       f"{', '.join(map(repr, columns))}: name it with --image-column.")

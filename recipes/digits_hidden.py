@@ -4,10 +4,11 @@
     python grokd.py run digits_hidden:eiil      # groups: EIIL's split of its logits
 
 The data, teachers and students of recipes/digits.py; the colour of the background is hidden from
-everything but the eye. Heads of the teachers and of the student `one-hot-dfr` are refitted in the
-way that the variant's name says: `inferred` (also without a name), `eiil`, `afr`, `classes` (only
-classes are balanced), or `known` (colours are known, and balanced: DFR). The report scores students
-over inferred groups and recommends one by them. How they do on the true groups is measured by
+everything but the eye and `known`. Heads of the teachers and of the student `one-hot-dfr` are
+refitted in the way that the variant's name says: `inferred` (also without a name), `eiil`, `afr`,
+`classes` (only classes are balanced), or `known` (colours are known, and balanced: DFR). The report
+scores students over inferred groups, of `known` over the true ones, and recommends one by them. How
+the others do on the true groups is measured by
 
     python recipes/measured/inferred.py
 """

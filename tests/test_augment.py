@@ -269,9 +269,23 @@ def test_sources_are_chosen_by_confidence() -> None:
     assert pick() == [2, 1]
     assert pick(sources="most-confident", count=3) == [0, 3, 1]
     assert pick(sources="least-certain", count=2) == [1, 3]
-    assert pick(sources="misclassified") == [2]
+    assert pick(sources="misclassified", share=0.0) == [2]
+    plain = Augment(guided=False)
+    assert grokd.matters(plain, "share")
+    assert not grokd.matters(replace(plain, sources="misclassified"), "share")
     assert sorted(pick(sources="all")) == [0, 1, 2, 3]
     assert pick(balanced=True) == [1, 2]
+
+
+@pytest.mark.parametrize("change", [
+    {"sources": "all"}, {"share": 0.3}, {"count": 3}, {"balanced": True},
+])
+def test_another_choice_of_sources_is_another_set(change: dict[str, Any]) -> None:
+    """Of guided sets too; one image for each of another set's has no such choice."""
+    alike = Augment(guided=False, like="config")
+    for settings in (Augment(), Augment(guided=False)):
+        assert grokd.settings_of(replace(settings, **change)) != grokd.settings_of(settings)
+    assert grokd.settings_of(replace(alike, **change)) == grokd.settings_of(alike)
 
 
 def test_rebalanced_training_shows_clusters_alike(store: Store) -> None:

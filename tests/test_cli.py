@@ -1,6 +1,7 @@
 """The command line as a person meets it: help, and one line for every mistake."""
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,11 @@ VALUES = [
     ("seeds=(0, 1)", "published={'agre': {'wga': 90, 'wga_sd': 1}}", r"published\['agre'\] has a "
      "column 'wga_sd'; did you mean wga"),
     ("size=20", "size=20, split_codes=('a', 'b')", r"split_codes = .* must be a tuple of 3 times"),
+    ('("cnn2", "resnet8")', "()", r"teachers.arch = \(\): must be a tuple of a text, one or more"),
+    ('("random",)', "()", r"teachers.weights = \(\): must be a tuple of a text, one or more"),
+    ("penalties=(1.0,)", "penalties=()", r"dfr.penalties = \(\): must be .*1e-12, one or more"),
+    ("data=Data", "diffusion=__import__('grokd').Diffusion(widths=()), data=Data",
+     r"diffusion.widths = \(\): must be a tuple of .* at least 1, one or more"),
 ]
 
 
@@ -159,10 +165,37 @@ def test_mistaken_recipes_are_one_line(images: Path, old: str, new: str, told: s
     assert "\n" not in str(caught.value).strip()
 
 
-def test_best_epoch_needs_a_selection_part(images: Path) -> None:
-    path = recipe(images, "size=20", "size=20, reweighting=1.0")
-    with pytest.raises(Problem, match="select = 'best' needs a selection part"):
-        grokd.command_line(["distill", path, "--select", "best"])
+@pytest.mark.parametrize("share", ["1.0", "0.9"])  # of 4 images in each group
+@pytest.mark.parametrize("args, told", [
+    (["distill", "--select", "best"], r"students\['one-hot\+select=best'\].select = 'best'"),
+    (["run", "--teachers.select", "best"], "teachers.select = 'best'"),
+    (["run", "--eval.split", "selection"], "eval.split = 'selection'"),
+    (["run", "--eval.probes"], "eval.probes"),
+])
+def test_without_a_selection_part_what_needs_it_is_refused_before_any_work(
+    images: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], told: str, share: str
+) -> None:
+    monkeypatch.chdir(images)
+    command, *flags = args
+    path = recipe(images, "size=20", f"size=20, reweighting={share}")
+    told += rf" needs a selection part: of 16 validation images .* = {float(share):g} leaves none"
+    with pytest.raises(Problem, match=told) as caught:
+        grokd.command_line([command, path, *flags])
+    assert "\n" not in str(caught.value)
+    assert not list(images.glob("runs/**/*.partial"))
+
+
+def test_groups_without_selection_images_are_named(
+    images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, loaded = images / "metadata.csv", grokd.load_recipe(str(images / "tiny.py"))
+    grokd.check_selection(loaded, grokd.counted_store(loaded.data, str(images)))
+    assert not capsys.readouterr().out
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(line for line in lines if not re.match("val11[123]", line)))
+    grokd.check_selection(loaded, grokd.counted_store(loaded.data, str(images)))
+    told = "warning: the selection part has no image of group class 1, attribute 1, so"
+    assert told in capsys.readouterr().out
 
 
 def test_problems_leave_by_exit_status_without_a_traceback(

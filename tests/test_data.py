@@ -121,9 +121,14 @@ def test_words_and_numbers_are_read_alike(images: Path) -> None:
             row["label"] = ["zebra", "ant"][int(row["label"])]
 
     edit(images, to_words)
-    named = tiny(images, class_names=("zebra", "ant"))
-    assert np.array_equal(grokd.open_store(named, str(images)).labels, numbers.labels)
-    assert np.array_equal(grokd.open_store(tiny(images), str(images)).labels, 1 - numbers.labels)
+    ordered = grokd.open_store(tiny(images, class_names=("zebra", "ant")), str(images))
+    assert np.array_equal(ordered.labels, numbers.labels)
+    assert ordered.fingerprint == numbers.fingerprint
+    for find_store in (grokd.open_store, grokd.counted_store):
+        store = find_store(tiny(images), str(images))
+        assert np.array_equal(store.labels, 1 - numbers.labels)
+        assert store.class_names == ("ant", "zebra")  # the words themselves, sorted
+        assert store.group_names[1] == "ant, attribute 1"
 
 
 def test_released_waterbirds_table_is_read_without_a_reader(data_folder: Path) -> None:

@@ -111,10 +111,16 @@ def test_dry_run_foretells_the_run_and_counts_nothing_twice(
     assert [stage.to_make for stage in redone.stages.values()][1:3] == [1, 2]
 
 
-def test_heads_are_named_as_the_run_names_them(
+def test_heads_are_named_and_finished_teachers_not_trained_as_in_the_run(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "AFR heads" in run(images, monkeypatch, "--teachers.dfr.method", "afr").stages
+    plan = run(images, monkeypatch, "--teachers.dfr.method", "afr", "--teachers.finished", "0")
+    assert "AFR heads" in plan.stages
+    finished, trained = plan.stages["teachers cnn2"], plan.stages["teachers resnet8"]
+    assert (finished.to_make, finished.epochs, finished.steps) == (1, 0, 0)
+    assert (trained.to_make, trained.epochs, trained.steps) == (1, 2, 4)
+    copied, pace = plan.stages["biased model (a copy)"], plan.teacher_pace(0)
+    assert copied.disk == pace.weights
 
 
 def test_generated_images_are_counted_and_their_generator(
@@ -135,16 +141,29 @@ def test_generated_images_are_counted_and_their_generator(
     assert kinds.steps == 2 * (2 + 3 + 3 + 2)  # of 16, 24, 20 and 16 images, 8 a step
 
 
-def test_a_given_pipeline_is_measured(
-    images: Path, pixels: str, monkeypatch: pytest.MonkeyPatch
+def test_a_given_pipeline_is_measured_and_mistakes_are_guessed(
+    images: Path, pixels: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = f"""
-config = grokd.replace(recipe.augments["config"], generator={pixels!r}, realism=1.0)
+config = grokd.replace(recipe.augments["config"], generator={pixels!r}, realism=1.0,
+                       sources="misclassified")
 recipe = grokd.replace(recipe, augments={{"config": config}}, students={{"kd": kd}})
 """
     (images / "tiny.py").write_text((images / "tiny.py").read_text() + SETS + more)
     plan = run(images, monkeypatch)
-    assert plan.stages["images config"].steps == 24 and "generator" not in plan.stages
+    assert plan.stages["images config"].images == 2  # of 16
+    assert plan.stages["images config"].steps == 6 and "generator" not in plan.stages
+    assert "Guessed: a student gets 10 % of the training images wrong" in capsys.readouterr().out
+
+
+def test_analysis_is_counted_by_the_images_it_predicts(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DryRun, "predict_seconds", lambda *_: 1000.0)
+    plan = run(images, monkeypatch, "--student", "agre", "--seeds", "0", "--eval.analysis")
+    scored, chosen = 3 * 16, 1 * 8  # two teachers and a student; it is chosen by selection
+    analysed = 3 * (16 + 16) + 1 * 16  # training and test; its features
+    assert plan.stages["evaluation"].seconds // 1000 == scored + chosen + analysed
 
 
 def test_what_a_full_cache_forgets_is_asked_again(

@@ -1,5 +1,6 @@
 """Networks as files for others: what is written answers as grokd does, or is not written."""
 
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -33,6 +34,9 @@ recipe = grokd.replace(recipe, teachers=teachers, students={**recipe.students, *
 '''
 
 
+GROUPS = ["cat, indoors", "cat, outdoors", "dog, indoors", "dog, outdoors"]
+
+
 def command(folder: Path, *args: str) -> None:
     """grokd in this process, in a folder."""
     with pytest.MonkeyPatch.context() as patch:
@@ -42,8 +46,15 @@ def command(folder: Path, *args: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data set with finished students: AGRE, a refitted head, and distilled features."""
+    """The tiny data set, in words, with finished students: AGRE, a refitted head, and distilled
+    features."""
     folder = write_images(tmp_path_factory.mktemp("export"))
+    with open(folder / "metadata.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    words = [[name, ("cat", "dog")[int(y)], ("indoors", "outdoors")[int(a)], split]
+             for name, y, a, split in rows]
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *words])
     with open(folder / "tiny.py", "a") as file:
         file.write(FEATURES)
     for name in ("teachers", "bias-model"):
@@ -53,10 +64,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def random_network(path: Path, arch: str, side: int = 0) -> None:
-    """A weights file of grokd's of a random network that tells its images apart."""
+def random_network(path: Path, arch: str, side: int = 0, projected: int = 0) -> None:
+    """A weights file of grokd's of a random network that tells its images apart, of a SimKD student
+    whose projector puts out so many channels."""
     input = grokd.Input(side)
     model = grokd.build_model(arch, "random", 2, input, 0)
+    if projected:
+        grokd.add_projector(model, side or 64, torch.zeros(1, projected, 2, 2), 0)
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, torch.nn.BatchNorm2d):
@@ -66,6 +80,8 @@ def random_network(path: Path, arch: str, side: int = 0) -> None:
         model.train()(torch.rand(8, 3, side or 64, side or 64))
     about = {"arch": arch, "class_names": '["0", "1"]',
              "input": json.dumps(dataclasses.asdict(input))}
+    if model.projection:
+        about["projector"] = json.dumps(model.projection._asdict())
     save_file(model.plain_state(), path, about)
 
 
@@ -129,7 +145,8 @@ def test_recommended_student_is_written_with_card_and_config(trained: Path) -> N
     assert about["fingerprint"] in [each["fingerprint"] for each in scores.values()]
     assert about["checked_images"] == 16
     assert about["calibration_images"] == 8
-    assert about["label_names"] == ["class 0", "class 1"]
+    assert about["label_names"] == ["cat", "dog"]
+    assert [group["name"] for group in about["groups"]] == GROUPS
     figures = about["formats"]
     assert set(figures) == {"grokd", *grokd.FILES}
     for kind in ("safetensors", "onnx", "pt2"):
@@ -143,8 +160,43 @@ def test_recommended_student_is_written_with_card_and_config(trained: Path) -> N
     assert "cnn2 is a network of grokd's own" in card
 
 
-def test_seed_is_the_best_on_the_selection_part(trained: Path) -> None:
+def test_report_has_the_names_of_the_table(trained: Path) -> None:
+    command(trained, "eval", "tiny.py")
+    results = json.loads((trained / "runs/tiny/results.json").read_text())
+    assert [group["name"] for group in results["groups"]] == GROUPS
+
+
+def seen_gpu(device: str) -> dict[str, str]:
+    """What `origin` says where a GPU is visible."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        return grokd.origin(1, device)
+
+
+def test_records_name_the_processor_that_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(sys, "argv", ["grokd.py", "run", "my recipe.py"])
+    about = seen_gpu("")
+    assert about["command"] == "python grokd.py run 'my recipe.py'"
+    assert about["hardware"].startswith("a GPU, 1 process")
+    assert seen_gpu("cpu")["hardware"].startswith(f"{grokd.processor_name()}, 1 process")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert seen_gpu("")["hardware"].startswith(grokd.processor_name())
+
+
+def test_seed_is_the_best_on_the_selection_part(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named, origin = list[str](), grokd.origin
+
+    def spied(processes: int, device: str) -> dict[str, str]:
+        named.append(device)
+        return origin(processes, device)
+
+    monkeypatch.setattr(grokd, "origin", spied)
     command(trained, "export", "tiny.py", "--student", "agre", "--format", "safetensors")
+    assert named == ["cpu"]  # where the files were timed
     about = json.loads((trained / "runs/tiny/export/agre/config.json").read_text())
     validated = {
         path: json.loads(grokd.read_metadata(path)["metrics"])["wga"]
@@ -196,6 +248,20 @@ def test_snippets_and_timm_answer_as_grokd_does(resnet: tuple[Path, Path]) -> No
         assert np.allclose(logits, expected, atol=1e-4 * float(expected.abs().max()))
     name = ("land", "sea")[int(expected.argmax())]
     assert [line.split()[-1] for line in printed] == [name] * 3
+
+
+def test_snippet_of_a_simkd_student_answers_as_grokd_does(tmp_path: Path) -> None:
+    """Of a network that has layers between its last map and the head."""
+    folder, network = write_images(tmp_path), tmp_path / "net.safetensors"
+    shaped(folder, 72, 64)
+    random_network(network, "mobilenet_v3_small", projected=32)
+    command(folder, "export", "shaped.py", "--model", "net.safetensors", "--format", "safetensors")
+    files, image = folder / "runs/shaped/export/net", folder / "test110.png"
+    assert "needs grokd" not in (files / "README.md").read_text()
+    expected = logits_of(network, image, grokd.Data(size=72, crop=64))
+    found, _ = used_elsewhere(files, image)
+    close = 1e-4 * float(expected.abs().max())
+    assert np.allclose(found["model.safetensors"], expected, atol=close)
 
 
 def test_header_of_the_card_is_yaml(resnet: tuple[Path, Path]) -> None:
@@ -306,7 +372,12 @@ def test_broken_int8_is_refused_unless_it_is_asked_for(
         command(trained, *args)
     assert not (trained / "runs/tiny/export/students-one-hot-dfr-seed0-model").exists()
     command(trained, *args, "--max-wga-loss", "100")
-    assert (trained / "runs/tiny/export/students-one-hot-dfr-seed0-model").is_dir()
+    folder = trained / "runs/tiny/export/students-one-hot-dfr-seed0-model"
+    before = (folder / "config.json").stat().st_mtime_ns
+    with pytest.raises(grokd.Problem, match=r"int8: the worst group's accuracy would fall by"):
+        command(trained, *args, "--redo")
+    command(trained, *args, "--max-wga-loss", "100")  # it stands, and its note
+    assert (folder / "config.json").stat().st_mtime_ns == before
 
 
 def test_missing_package_is_named_with_its_extra(

@@ -481,6 +481,15 @@ def test_what_is_wrong_with_labelling_is_one_line(
     assert not (tmp_path / "metadata-clip.csv").exists()
 
 
+@pytest.mark.parametrize("content", [
+    "image,label\nécole.png,0\n".encode("latin-1"), b"image,label\n" + 200_000 * b"a" + b",0\n",
+])
+def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metadata.csv").write_bytes(content)
+    with pytest.raises(Problem, match=r"metadata.csv is no table of text in UTF-8 \(.*: save it"):
+        module("clip_attributes").read_table(tmp_path / "metadata.csv", "image")
+
+
 def test_clip_that_lacks_weights_is_refused(clip: Path, tmp_path: Path) -> None:
     """transformers alone would go on with random ones."""
     shutil.copytree(clip, tmp_path / "part")

@@ -330,8 +330,12 @@ def test_simkd_student_loads_and_is_scored_like_any_other(made: Made) -> None:
     images = torch.rand(3, 3, 16, 16).double()
     trained = made.jobs["dett"].model.eval()
     torch.testing.assert_close(model(images), trained(images), rtol=1e-9, atol=1e-9)
-    rows = json.loads((made.folder / "runs/tiny/results.json").read_text())["rows"]
-    assert {"simkd", "simkd-dfr", "dett"} <= {row["name"] for row in rows}
+    results = json.loads((made.folder / "runs/tiny/results.json").read_text())
+    assert {"simkd", "simkd-dfr", "dett"} <= {row["name"] for row in results["rows"]}
+    sizes = {row["name"]: row["parameters"] for row in results["sizes"]["rows"]}
+    projector: Any = made.jobs["simkd"].model.projector
+    added = sum(each.numel() for each in projector.parameters())
+    assert sizes["simkd"] == sizes["simkd-dfr"] == sizes["average"] + added
     assert not [key for key in load_file(path) if key.startswith(("samples", "adapters"))]
 
 
