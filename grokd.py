@@ -102,7 +102,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, tqdm
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -2589,6 +2589,11 @@ class Runtime:
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)))
+
+    def align(self, model: nn.Module) -> None:
+        """Give all of them the first one's buffers, such as batch norm's statistics."""
+        if self.world > 1:
+            broadcast([*model.buffers()])
 
     def first(self, function: Callable[[], Any]) -> Any:
         """What the first of them finds, for all; a Problem of it stops all."""
@@ -5208,6 +5213,9 @@ class Training:
         if runtime.rank == 0:
             append_losses(self.job.artefact.work, losses)
         progress.sums, progress.current = {}, torch.zeros_like(progress.current)
+        # On CPUs each process has its own batch norm. What is scored, and refitted after the last
+        # epoch, must be what is saved; DDP does the same before the next step.
+        runtime.align(self.model)
         scores = self.job.validate()
         self.job.after_epoch(epoch)
         self.model.train()

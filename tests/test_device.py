@@ -410,6 +410,38 @@ def test_loss_that_is_not_finite_on_one_process_stops_all(store: Store) -> None:
     assert done.stdout.count("plain: the loss is nan by step 20: lower its lr.") == 2
 
 
+def test_every_process_scores_the_batch_norm_that_is_saved(store: Store) -> None:
+    """Statistics of a process's own share would be gone when a killed run goes on."""
+    done = python(
+        f"""
+        from test_device import *
+        runtime = Runtime.start("float32").together()
+        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
+        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        training = plain_training(store, runtime, Train(epochs=1, batch_size=9), "resnet8")
+        scored = {{}}
+
+        def validate():
+            scored.update({{k: v.clone() for k, v in training.model.state_dict().items()}})
+            return {{}}
+
+        training.job.validate = validate
+        with training.reporting():
+            learn(training, 2)
+            training.end_epoch(0)
+        runtime.wait()
+        saved = grokd.load_checkpoint(grokd.newest_checkpoint(training.job.artefact.work))
+        for name, value in saved["model"].items():
+            assert torch.equal(scored[name], value), name
+        os.write(1, b"PASSED\\n")
+        runtime.accelerator.wait_for_everyone()
+        os._exit(0)  # threads of a network that still stands may abort the end
+        """,
+        launcher=TWO,
+    )
+    assert done.stdout.count("PASSED") == 2
+
+
 def test_micro_batches_of_one_process_are_cut_as_ever() -> None:
     parts = grokd.micro_batches(np.arange(9), 0, 1, 4)
     assert [places.tolist() for places, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
