@@ -2174,6 +2174,13 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
         ) from error
 
 
+def clear_parts(folder: Path) -> None:
+    """Delete what `write_file` had half written when it was killed. For who holds the lock."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\.part\d+", path.suffix):
+            path.unlink()
+
+
 def with_checksum(description: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of itself, with a digest of it: see `read_json`."""
     return {**description, "checksum": digest(dict(description))}
@@ -4794,7 +4801,8 @@ def make(
 
         def begin() -> list[int]:
             for folder in dict.fromkeys(artefact.path.parent for artefact in artefacts):
-                locks.enter_context(locked(folder / ".lock"))
+                if locks.enter_context(locked(folder / ".lock")):
+                    clear_parts(folder)
             places = ctx.pending(artefacts)
             if places:
                 artefacts[0].begin()

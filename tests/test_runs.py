@@ -499,10 +499,15 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def test_artefact_being_written_is_left_alone(images: Path, command: Grokd) -> None:
     lock = images / "runs" / "tiny" / "teachers" / "1" / ".lock"
     told = f"teachers/1 is being written by another run .process {os.getpid()} on "
+    part, others = (lock.with_name(name) for name in ("erm.safetensors.part123", "notes.partly"))
     with grokd.locked(lock), pytest.raises(Problem, match=told):
+        part.touch()  # as that run writes it
+        others.touch()
         command(images, "teachers")
     assert (images / "runs" / "tiny" / "teachers" / "0" / "dfr.safetensors").is_file()
+    assert part.exists()
     command(images, "teachers")
+    assert others.exists() and not part.exists()  # left by a kill, now that nobody writes
 
 
 def test_full_disk_is_one_line_and_loses_nothing(images: Path) -> None:
