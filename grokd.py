@@ -6070,7 +6070,7 @@ class Generator:
         self.vae = self._frozen(pipeline.vae, dtype)
         self.scale = pipeline.vae.config.scaling_factor
         self.side *= 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        prompts = [self.settings.prompt.format(name) for name in class_names]
+        prompts = [self.settings.prompt.replace("{}", name) for name in class_names]
         prompts.append("")  # without guidance
         tokens = pipeline.tokenizer(
             prompts, padding="max_length", truncation=True,

@@ -249,6 +249,12 @@ def test_images_are_those_of_the_pipeline_itself(
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
 
+def test_a_prompt_may_hold_braces_of_its_own(released: dict[str, str], runtime: Runtime) -> None:
+    settings = replace(SETTINGS, prompt="a {x}, {}")
+    cat, dog, _ = Generator(released["turbo"], settings, ["cat", "dog"], 16, runtime).text
+    assert not torch.equal(cat, dog)
+
+
 def test_turbo_starts_at_the_last_level_from_noise_alone(
     released: dict[str, str], store: Store, runtime: Runtime
 ) -> None:
