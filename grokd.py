@@ -5441,8 +5441,8 @@ def train_network(
     if runtime.rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"{job.artefact.name}: {model.arch}, {count:,} parameters, {job.train.epochs} "
-            f"epoch{'s' * (job.train.epochs != 1)} of {len(job.store.split('train')):,} images, "
+            f"{job.artefact.name}: {model.arch}, {count:,} parameters, {job.num_epochs} "
+            f"epoch{'s' * (job.num_epochs != 1)} of {len(job.store.split('train')):,} images, "
             f"{job.train.batch_size} a step",
             flush=True,
         )

@@ -188,7 +188,8 @@ def test_bias_model_may_be_a_teachers_parent(finished: Path) -> None:
 def test_early_stopped_model_is_the_full_one_cut_short(images: Path, command: Grokd) -> None:
     more = ["--weights", "random", "--epochs", "6", "--schedule", "cosine"]
     command(images, "bias-model", "--kind", "erm", "--out", "runs/full", *more)
-    command(images, "bias-model", "--kind", "early-stopped", "--stop-after", "2", *more)
+    printed = command(images, "bias-model", "--kind", "early-stopped", "--stop-after", "2", *more)
+    assert "parameters, 2 epochs of 16 images" in printed
     whole = load_file(images / "runs" / "full" / "bias-model" / "model.losses.safetensors")
     short = weights(images, "bias-model/model.losses")
     assert len(whole["losses"]) == 6
