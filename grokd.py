@@ -6782,13 +6782,15 @@ def diffusion_job(artefact: Artefact, ctx: Context, runtime: Runtime) -> Job:
         t = (level * section.num_timesteps).astype(np.int64)
         return x, runtime.upload(noise[: len(x)]), runtime.upload(t[: len(x)])
 
+    kept: list[Tensor] = []  # what was noised, from the forward pass to the losses
+
     def forward(network: nn.Module, batch: Batch) -> Tensor:
-        x, noise, t = noised(batch)
+        x, noise, t = kept[:] = noised(batch)
         labels = batch.labels if section.class_conditional else None
         return network(scheduler.add_noise(x, noise, t), t, labels).sample
 
     def losses(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        target = scheduler.get_velocity(*noised(batch))
+        target = scheduler.get_velocity(*kept)
         squares = F.mse_loss(batch.output.to(target), target, reduction="none")
         return squares.flatten(1).mean(1), {}
 

@@ -650,8 +650,16 @@ def test_no_step_of_the_generators_training_waits(store: Store, runtime: Runtime
     training = grokd.Training(grokd.diffusion_job(artefact, ctx, runtime), runtime)
     ahead = [*islice(training.batches(0), 3)]
     learn(training, 1)  # the scheduler's tables go to the device, once
+    drawn, noise_like = [], grokd.noise_like
+
+    def noted(*args: Any) -> Tensor:
+        drawn.append(args)
+        return noise_like(*args)
+
     # AdamW counts its steps on the host, so that what follows the gradients is left out.
     with pytest.MonkeyPatch.context() as patch, Waits(patch) as waits:
+        patch.setattr(grokd, "noise_like", noted)
         for batch, parts in ahead:
             training._accumulate(0, len(batch), parts[0])
     assert waits.seen == []
+    assert len(drawn) == len(ahead) == 3  # once a step, for the forward pass and the loss
