@@ -6918,7 +6918,7 @@ def sources_of(
         records = read_records(ctx.image_set(settings.like, seed).path.parent)
         return np.array([r["source"] for r in records if r["accepted"]], np.int64)
     train = ctx.store.split("train")
-    logits = predict([judge.student], ctx.store, train, runtime.alone())[0]
+    logits = predict([judge.student], ctx.store, train, runtime)[0]
     return train[pick_sources(settings, logits.softmax(-1), ctx.store.labels[train])]
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -272,6 +273,22 @@ def test_sources_are_chosen_by_confidence() -> None:
     assert pick(sources="misclassified") == [2]
     assert sorted(pick(sources="all")) == [0, 1, 2, 3]
     assert pick(balanced=True) == [1, 2]
+
+
+def test_processes_share_the_prediction_that_chooses_sources(
+    store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Runtime] = []
+
+    def predict(models: Any, store: Store, indices: np.ndarray, runtime: Runtime) -> Tensor:
+        asked.append(runtime)
+        return torch.zeros(1, len(indices), 2)
+
+    monkeypatch.setattr(grokd, "predict", predict)
+    ctx: Any = SimpleNamespace(store=store)
+    together = replace(runtime, shared=True)
+    assert len(grokd.sources_of(SETTINGS, 0, judge(store), ctx, together)) == 8
+    assert asked == [together]
 
 
 def test_rebalanced_training_shows_clusters_alike(store: Store) -> None:
