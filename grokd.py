@@ -4962,7 +4962,7 @@ class Training:
             self.network = typing.cast(nn.Module, torch.compile(self.network))
         self.optimizer = build_optimizer(self.model, self.train, runtime)
         self.scaler = runtime.accelerator.scaler  # of float16, else None
-        self.progress = Progress(torch.zeros(len(self.indices)))
+        self.progress = Progress(torch.zeros(len(self.indices), device=runtime.device))
         self.began = self.saved = self.told = time.monotonic()
         self.first_step = 0
         self.board: Any = None

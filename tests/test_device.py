@@ -385,6 +385,16 @@ def test_process_without_images_of_its_own_has_every_sum(store: Store, runtime: 
     assert training.progress.sums["loss"] == training.progress.current.double().sum() > 0
 
 
+def test_losses_stand_on_the_device_before_a_step_in_vain(store: Store) -> None:
+    """Where several processes go on, it comes before what the checkpoint holds."""
+    accelerator: Any = types.SimpleNamespace(
+        device=torch.device("meta"), num_processes=1, scaler=None,
+        prepare_optimizer=lambda optimizer: optimizer,
+    )
+    training = plain_training(store, Runtime(accelerator, "float32"), Train())
+    assert training.progress.current.is_meta
+
+
 def test_loss_that_is_not_finite_on_one_process_stops_all(store: Store) -> None:
     done = python(
         f"""
