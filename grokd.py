@@ -10798,6 +10798,13 @@ def in_one_line(work: Callable[[], None]) -> None:
             f"error: {error.filename}: {error.strerror}: mend that, or choose other folders with "
             "--out and Data.store; the same command then goes on from where it was."
         )
+    except torch.OutOfMemoryError as error:
+        told = ". ".join(str(error).splitlines()[0].split(". ")[:2])  # without the allocator's advice
+        sys.exit(
+            f"error: {told}: set a smaller --micro-batch (in recipes: micro_batch), or --precision "
+            "bfloat16, or free memory there. Checkpoints are kept: the same command goes on from "
+            "where it was."
+        )
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
 
