@@ -2512,6 +2512,8 @@ class Runtime:
                 f"come within {GATHERING.seconds} s ({str(error).splitlines()[0]}): start all of "
                 "them, with the same MASTER_ADDR and MASTER_PORT."
             ) from error
+        except NotImplementedError as error:  # what these GPUs and their driver cannot do together
+            raise Problem(" ".join(str(error).split())) from error
         if accelerator.num_processes > 1:
             distributed: Any = torch.distributed.distributed_c10d
             # The second is its name in older torch.

@@ -215,6 +215,19 @@ def test_settings_of_a_launcher_that_change_nothing_pass(
     assert Runtime.start("launch").accelerator.gradient_accumulation_steps == 1
 
 
+def test_gpus_that_cannot_talk_to_each_other_are_told_of_in_one_line(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate does it on GPUs of the RTX 4000 series, but with a traceback."""
+    def refuse(**settings: Any) -> None:
+        raise NotImplementedError('Please set `NCCL_P2P_DISABLE="1"`\nand `NCCL_IB_DISABLE="1"`.')
+
+    monkeypatch.setattr(grokd, "Accelerator", refuse)
+    told = 'Please set `NCCL_P2P_DISABLE="1"` and `NCCL_IB_DISABLE="1"`.'
+    with pytest.raises(Problem, match=f"^{told}$"):
+        Runtime.start("float32")
+
+
 # Precision
 
 
