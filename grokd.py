@@ -9318,6 +9318,7 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
         students={**original.students, **recipe.students},
         augments={**original.augments, **recipe.augments},
     )
+    check_helpers(recipe, name, {**original.students, **recipe.students})
     for place, section in sections_of(recipe):
         for setting in settings_in(section):
             outside = not setting.active and setting.value != setting.default
@@ -9401,6 +9402,25 @@ def check_references(
             f"{name}: {circle} wait for each other: see start, helper and augmented of the "
             "students, student and like of the sets."
         ) from None
+
+
+def check_helpers(recipe: Recipe, name: str, students: Mapping[str, Distill]) -> None:
+    """Raise Problem for a helper whose losses are not of the images that a student is shown."""
+    for key, student in recipe.students.items():
+        if student.rebalance != "tab" or not student.helper:
+            continue
+        helper = students[student.helper]
+        seen, shown = (
+            (each.augmented, each.augmented_ratio if each.augmented else 0.0)
+            for each in (helper, student)
+        )
+        if helper.rebalance != "none" or seen != shown:
+            place = f"{name}: students[{key!r}]"
+            raise Problem(
+                f"{place}.helper = {student.helper!r} learns from other images, so its losses say "
+                f"nothing of this student's: name one with augmented = {student.augmented!r}, the "
+                "same augmented_ratio and rebalance = 'none'."
+            )
 
 
 def check_student(

@@ -353,6 +353,18 @@ def test_unknown_references_and_circles_are_refused_before_any_work(change: Any,
         grokd.check_recipe(replace(recipe, students=students, augments=recipe.augments), "mine")
 
 
+@pytest.mark.parametrize("change", [
+    {"augmented": ""}, {"augmented": "unguided"}, {"augmented_ratio": 0.5},
+    {"rebalance": "classes"},
+])
+def test_a_helper_that_saw_other_images_is_refused_before_any_work(change: Any) -> None:
+    recipe = grokd.load_recipe("digits_augment")
+    students = recipe.students | {"helper": replace(recipe.students["helper"], **change)}
+    told = r"\['kd-config-tab'\].helper = 'helper' learns from other images.* augmented = 'config'"
+    with pytest.raises(Problem, match=told):
+        grokd.check_recipe(replace(recipe, students=students), "mine")
+
+
 def test_a_missing_generator_is_told_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
