@@ -6053,6 +6053,7 @@ class Generator:
         half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         self.network_dtype = half.get(runtime.precision, runtime.dtype)
         pipeline = load_pipeline(source)
+        check_pipeline(source, pipeline, len(class_names))
         self.unet = self._frozen(pipeline.unet, self.network_dtype)
         self.side = int(self.unet.config.sample_size)
         self.vae: Any = None
@@ -6390,6 +6391,29 @@ def load_pipeline(source: str) -> Any:
             f"Generator {source} could not be loaded ({reason}): give a folder with a diffusers "
             "pipeline, or a hub id with a network."
         ) from error
+
+
+def check_pipeline(source: str, pipeline: Any, num_classes: int) -> None:
+    """Raise Problem for a network that takes or gives something else than a `Generator` does."""
+    config, has_text = pipeline.unet.config, hasattr(pipeline, "vae")
+    channels = pipeline.vae.config.latent_channels if has_text else 3
+    if {config.in_channels, config.out_channels} != {channels}:
+        raise Problem(
+            f"Generator {source}: its UNet takes {config.in_channels} channels and gives "
+            f"{config.out_channels}, not {channels} and {channels}: take one of colour images "
+            "that learns no variance, and is told of no mask or second image."
+        )
+    embedding, classes = config.class_embed_type, config.num_class_embeds
+    if embedding or (has_text and classes):
+        raise Problem(
+            f"Generator {source}: its UNet wants an embedding of classes "
+            f"({embedding or classes}) that cannot be given: take one without."
+        )
+    if classes and classes < num_classes:
+        raise Problem(
+            f"Generator {source} knows {classes} classes, the data have {num_classes}: take one "
+            "that was trained on these classes, in their order, or one without classes."
+        )
 
 
 def guidance(

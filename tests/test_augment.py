@@ -224,6 +224,26 @@ def test_generators_that_cannot_be_used_are_one_line(
         make(stable_diffusion, SETTINGS, store, runtime)
 
 
+@pytest.mark.parametrize("change, told", [
+    ({"in_channels": 1, "out_channels": 1}, "takes 1 channels and gives 1, not 3 and 3"),
+    ({"out_channels": 6}, "takes 3 channels and gives 6, not 3 and 3"),
+    ({"class_embed_type": "timestep"}, r"an embedding of classes \(timestep\)"),
+    ({"num_class_embeds": 1}, "knows 1 classes, the data have 2: take one"),
+])
+def test_networks_that_do_not_fit_the_data_are_one_line(
+    pixels: str, store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, change: Any,
+    told: str,
+) -> None:
+    from diffusers import UNet2DModel
+
+    pipeline = grokd.load_pipeline(pixels)
+    pipeline.unet = UNet2DModel.from_config({**pipeline.unet.config, **change})
+    monkeypatch.setattr(grokd, "load_pipeline", lambda source: pipeline)
+    with pytest.raises(Problem, match=told) as refusal:
+        make(pixels, SETTINGS, store, runtime)
+    assert "\n" not in str(refusal.value)
+
+
 def test_images_that_look_unreal_are_rejected(
     pixels: str, store: Store, runtime: Runtime
 ) -> None:
