@@ -6767,7 +6767,13 @@ def train_generator(ctx: Context, runtime: Runtime) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             scheduler = diffusion_scheduler(ctx.recipe.diffusion)
             pipeline = diffusers.DDPMPipeline(unet, scheduler)
-            pipeline.save_pretrained(folder)
+            try:
+                pipeline.save_pretrained(folder)
+            except SafetensorError as error:
+                raise Problem(
+                    f"{folder} could not be written ({error}): make room there, or choose another "
+                    "folder with --out; the same command then goes on from where it was."
+                ) from error
             artefact.write_note(path for path in folder.rglob("*") if path.is_file())
             loss = progress.history[-1]["loss"] if progress.history else math.nan
             say(f"generator: denoising loss {loss:.4f}, {time.monotonic() - began:.0f} s")

@@ -2,12 +2,15 @@
 
 import contextlib
 import csv
+import io
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -575,6 +578,24 @@ def generator_of(folder: Path, kill_at: int) -> None:
     process.wait()
 
 
+@contextlib.contextmanager
+def small_files(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it, no file of a pipeline may have more than 20,000 bytes, as on a full disk."""
+    from diffusers import DDPMPipeline
+
+    save, (soft, hard) = DDPMPipeline.save_pretrained, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self: Any, folder: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        save(self, folder)
+
+    patch.setattr(DDPMPipeline, "save_pretrained", limited)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def unet(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
@@ -610,8 +631,12 @@ def test_generator_is_trained_by_the_one_loop(
 
     with pytest.raises(Problem, match=r"done.partial/begun.json was made with other"):
         train(killed, "--diffusion.lr", "0.5")
+    with monkeypatch.context() as patch, small_files(patch), pytest.raises(
+        Problem, match=r"generator/pipeline could not be written .*File too large.*: make room"
+    ):
+        train(killed)
     train(killed)
-    assert "generator/done: goes on at step" in capsys.readouterr().out
+    assert "generator/done: goes on at step 8 of 8" in capsys.readouterr().out
     one, again = unet(folder), unet(killed)
     assert all(torch.equal(one[key], again[key]) for key in one)
 
