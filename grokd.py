@@ -6327,10 +6327,11 @@ def guidance_bytes(generator: Generator, judge: Judge) -> dict[str, int]:
     return parts | {"teachers and student": (1 + judge.settings.cutouts) * networks}
 
 
-def fit_memory(generator: Generator, judge: Judge) -> None:
+def fit_memory(generator: Generator, judge: Judge, before: int = 0) -> None:
     """Choose how many samples pass through generator and judge at once, and say what they need:
-    without guidance less than the gradient that is reckoned with. Raises Problem if memory does
-    not hold the gradient of one image."""
+    without guidance less than the gradient that is reckoned with. If it fits, as many as `before`,
+    in a run that was killed: last digits show it. Raises Problem if memory does not hold the
+    gradient of one image."""
     settings, parts = judge.settings, guidance_bytes(generator, judge)
     need, free = max(parts.values()), free_bytes(generator.device)
     listed = ", ".join(f"{name} {count / 2**30:.2f}" for name, count in parts.items())
@@ -6341,7 +6342,8 @@ def fit_memory(generator: Generator, judge: Judge) -> None:
             "or smaller networks."
         )
     fits = max(1, int(0.8 * free / need))  # the rest: latents, images, what the allocator loses
-    size = min(settings.micro_batch or fits, settings.in_flight)
+    chosen = settings.micro_batch or (before if 0 < before <= fits else fits)
+    size = min(chosen, settings.in_flight)
     generator.micro_batch = judge.micro_batch = size
     what = "the gradient of an image" if settings.guided else "an image, at most"
     say(
@@ -6563,11 +6565,12 @@ class Flight:
     pass through the networks together shows in their last digits."""
 
     def __init__(
-        self, sources: Sequence[int], path: Path | None = None, recorded: Sequence[int] = ()
+        self, sources: Sequence[int], path: Path | None = None, recorded: Sequence[int] = (),
+        micro_batch: int = 0,
     ) -> None:
         self.queue = list(sources)[::-1]
         self.samples: list[Sample] = []
-        self.path = path
+        self.path, self.micro_batch = path, micro_batch
         self.recorded = set(recorded)  # sources that a killed run has finished
         self.saved = -math.inf
 
@@ -6581,7 +6584,8 @@ class Flight:
             best = sample.best | {"image": torch.from_numpy(sample.best["image"])}
             samples.append(vars(sample) | {"best": best})
         buffer = io.BytesIO()
-        torch.save({"queue": self.queue, "samples": samples}, buffer)
+        state = {"queue": self.queue, "samples": samples, "micro_batch": self.micro_batch}
+        torch.save(state, buffer)
         write_file(self.path, sealed(buffer.getvalue()))
         self.saved = time.monotonic()
 
@@ -6881,7 +6885,7 @@ def make_set(
     judge = appoint_judge(settings, seed, ctx, runtime)
     source = settings.generator or str(train_generator(ctx, runtime))
     generator = Generator(source, settings, store.class_names, store.data.size, runtime)
-    fit_memory(generator, judge)
+    fit_memory(generator, judge, micro_batch_before(artefact, runtime))
     if settings.realism < 1:
         judge.threshold = calibrate(generator, store, settings.realism)
     sources = sources_of(settings, seed, judge, ctx, runtime)
@@ -6889,7 +6893,7 @@ def make_set(
     remaining = [int(i) for i in sources if i not in recorded]
     say(f"{artefact.name}: {len(sources):,} sources, {len(remaining):,} to do")
     began = time.monotonic()
-    flight = begin_flight(artefact, remaining, recorded, runtime)
+    flight = begin_flight(artefact, remaining, recorded, generator.micro_batch, runtime)
     accepted = generate_files(folder, generator, judge, store, flight, seed, runtime.rank)
     spent = generator.evaluations / max(1, accepted)
     runtime.wait()
@@ -6902,14 +6906,25 @@ def make_set(
     )
 
 
+def flight_paths(artefact: Artefact, runtime: Runtime) -> list[Path]:
+    """Where each process keeps what is on its way in it."""
+    return [artefact.work / f"flight-{rank}-of-{runtime.world}.pt" for rank in range(runtime.world)]
+
+
+def micro_batch_before(artefact: Artefact, runtime: Runtime) -> int:
+    """How many samples passed at once in this process when a run was killed; 0: there was none."""
+    with contextlib.suppress(Problem):
+        return read_state(flight_paths(artefact, runtime)[runtime.rank]).get("micro_batch", 0)
+    return 0
+
+
 def begin_flight(
-    artefact: Artefact, remaining: Sequence[int], recorded: Sequence[int], runtime: Runtime
+    artefact: Artefact, remaining: Sequence[int], recorded: Sequence[int], micro_batch: int,
+    runtime: Runtime,
 ) -> Flight:
     """This process's share of the sources, or what was on its way in it when a run was killed, if
     that had as many processes."""
-    paths = [
-        artefact.work / f"flight-{rank}-of-{runtime.world}.pt" for rank in range(runtime.world)
-    ]
+    paths = flight_paths(artefact, runtime)
 
     def is_kept() -> bool:
         with contextlib.suppress(Problem):  # none, or a damaged one
@@ -6923,7 +6938,7 @@ def begin_flight(
         return False
 
     share = remaining[runtime.rank :: runtime.world]
-    flight = Flight(share, paths[runtime.rank], recorded)
+    flight = Flight(share, paths[runtime.rank], recorded, micro_batch)
     if runtime.first(is_kept):
         flight.restore(runtime.device)
     else:

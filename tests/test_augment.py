@@ -482,7 +482,7 @@ def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
 
 
 def test_killed_augmentation_goes_on_with_the_images_it_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_images(tmp_path, per_group=12)
     monkeypatch.chdir(folder)
@@ -504,8 +504,15 @@ def test_killed_augmentation_goes_on_with_the_images_it_had(
     process.wait()
     had = {r["source"]: r for r in grokd.read_records(made)}
     assert had and not (made / "done.json").exists()
+    flight, = made.glob("done.partial/flight-*")
+    state = grokd.read_state(flight)
+    assert state["micro_batch"] == 4
+    content = io.BytesIO()
+    torch.save(state | {"micro_batch": 3}, content)  # as if there had been less memory
+    flight.write_bytes(grokd.sealed(content.getvalue()))
     with contextlib.suppress(Problem):  # if none is accepted
         command("augment", "--set", "config")
+    assert ", 3 of 4 in flight at a time: " in capsys.readouterr().out
     found = grokd.read_records(made)
     assert len(found) == len({r["source"] for r in found}) == 48
     assert all(r in found for r in had.values())

@@ -534,9 +534,11 @@ def test_slices_are_those_that_memory_holds_and_said_before_anything_is_computed
     image = torch.empty((1, 3, 12, 12), device="meta", dtype=torch.float64, requires_grad=True)
     views = 2 * 3 * grokd.gradient_bytes(judges.student.trunk, image)  # cutout; three networks
     need = max(*parts.values(), views)
-    for free, size in ((1e12, 7), (5.1 * need, 4), (need, 1)):
+    for free, before, size in (
+        (1e12, 0, 7), (5.1 * need, 0, 4), (need, 0, 1), (1e12, 3, 3), (5.1 * need, 6, 4)
+    ):
         monkeypatch.setattr(grokd, "free_bytes", lambda device, free=free: free)
-        grokd.fit_memory(generator, judges)
+        grokd.fit_memory(generator, judges, before)
         assert (generator.micro_batch, judges.micro_batch) == (size, size)
         assert f", {size} of 7 in flight at a time: " in capsys.readouterr().out
     monkeypatch.setattr(grokd, "free_bytes", lambda device: need - 1)
@@ -552,7 +554,7 @@ def test_slices_are_those_that_memory_holds_and_said_before_anything_is_computed
     guided = replace(settings, guidance_scale=4.0)
     twice = make(stable_diffusion, guided, store, runtime).sample_bytes()
     assert twice["UNet"] == pytest.approx(2 * parts["UNet"], rel=0.01)
-    assert [len(seen) for seen in passed] == [1 + 6, 1 + 6, 1 + 6]  # meta tensors alone
+    assert [len(seen) for seen in passed] == [1 + 8, 1 + 8, 1 + 8]  # meta tensors alone
     assert not any(p.is_meta for network in networks for p in network.parameters())
 
 
