@@ -423,7 +423,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
     tmp_path: Path, grokd_process: Run, store: Store, runtime: Runtime,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = write_images(tmp_path)
     monkeypatch.chdir(folder)
@@ -459,6 +459,12 @@ def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
     assert pictures(made) == before
     command("augment", "--set", "config", "--iterations", "2")
     assert (folder / "runs/tiny/augmented/config+iterations=2/seed0/metadata.csv").is_file()
+
+    capsys.readouterr()
+    command("augment", "--redo")
+    printed = capsys.readouterr().out
+    assert printed.count(" accepted, ") == 2 and printed.count("generator: UNet of ") == 1
+    assert pictures(made) == before
 
     (made / "done.json").unlink()
     with pytest.raises(Problem, match="nothing that says from where"):

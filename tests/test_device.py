@@ -346,9 +346,35 @@ def test_float16_scales_losses_skips_steps_and_says_when_none_is_left(store: Sto
         shutil.rmtree(training.job.artefact.work)
         second.restore()
         assert second.scaler.get_scale() == 2**16
+
+        # Gradients are clipped as they are, not as they are scaled.
+        second.job.clip = 1e-3
+        for group in second.optimizer.param_groups:
+            group["momentum"] = group["weight_decay"] = 0.0
+        parameters = torch.nn.utils.parameters_to_vector
+        before = parameters(second.model.parameters()).detach()
+        learn(second, 1)
+        moved = parameters(second.model.parameters()).detach() - before
+        assert abs(float(moved.norm()) / (train.lr * second.job.clip) - 1) < 0.01
         """
     )
     assert "plain: gradients are not finite in float16 by step 20, however small" in done.stdout
+
+
+def test_flags_of_processes_are_added_up_on_their_device() -> None:
+    """A GPU's collectives take nothing from the host."""
+    asked: list[torch.Tensor] = []
+
+    def reduce(tensor: torch.Tensor, how: str) -> torch.Tensor:
+        asked.append(tensor)
+        return torch.ones(())
+
+    accelerator: Any = types.SimpleNamespace(
+        device=torch.device("meta"), num_processes=2, process_index=0, reduce=reduce
+    )
+    assert Runtime(accelerator, "float32", shared=True).any(False)
+    flag, = asked
+    assert flag.is_meta
 
 
 # Batch norm over processes
