@@ -2477,8 +2477,8 @@ WAITING = timedelta(days=7)  # for a barrier: others may train a model or build 
 # What a GPU may ask for in a second: a ResNet-18 on an H100 learns some 10,000 images of 224 pixels
 # (stored as 256), and larger ones more slowly.
 ASKED_IMAGES, ASKED_BYTES = 10_000, 2e9
-# What one thread gathers in a second from a slow disk. Here it was 0.5e9 to 1.0e9, from memory 6 to 18
-# times that (recipes/measured/data_path.json and its history): a thread too many costs little.
+# What one thread gathers in a second from a slow disk. Here it was 0.5e9 to 1.0e9, from memory 6 to
+# 18 times that (recipes/measured/data_path.json and its history): a thread too many costs little.
 GATHERED_BYTES = 0.6e9
 
 
@@ -10866,7 +10866,8 @@ def in_one_line(work: Callable[[], None]) -> None:
             "--out and Data.store; the same command then goes on from where it was."
         )
     except torch.OutOfMemoryError as error:
-        told = ". ".join(str(error).splitlines()[0].split(". ")[:2])  # without the allocator's advice
+        # What is full and what was asked for, without the allocator's figures and advice.
+        told = ". ".join(str(error).splitlines()[0].split(". ")[:2])
         sys.exit(
             f"error: {told}: set a smaller --micro-batch (in recipes: micro_batch), or --precision "
             "bfloat16, or free memory there. Checkpoints are kept: the same command goes on from "

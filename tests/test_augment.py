@@ -382,7 +382,7 @@ def test_unknown_references_and_circles_are_refused_before_any_work(change: Any,
 ])
 def test_a_helper_that_saw_other_images_is_refused_before_any_work(change: Any) -> None:
     recipe = grokd.load_recipe("digits_augment")
-    students = recipe.students | {"helper": replace(recipe.students["helper"], **change)}
+    students = {**recipe.students, "helper": replace(recipe.students["helper"], **change)}
     told = r"\['kd-config-tab'\].helper = 'helper' learns from other images.* augmented = 'config'"
     with pytest.raises(Problem, match=told):
         grokd.check_recipe(replace(recipe, students=students), "mine")
