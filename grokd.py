@@ -102,7 +102,13 @@ import torch
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, tqdm
+from accelerate.utils import (
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+    tqdm,
+)
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -2221,6 +2227,13 @@ def write_file(path: Path, content: bytes | memoryview | str) -> None:
         ) from error
 
 
+def clear_parts(folder: Path) -> None:
+    """Delete what `write_file` had half written when it was killed. For who holds the lock."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\.part\d+", path.suffix):
+            path.unlink()
+
+
 def with_checksum(description: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of itself, with a digest of it: see `read_json`."""
     return {**description, "checksum": digest(dict(description))}
@@ -2519,7 +2532,8 @@ FASTEST_BATCH = 16
 # What a GPU may ask for in a second: a ResNet-18 on an H100 learns some 10,000 images of 224 pixels
 # (stored as 256), and larger ones more slowly.
 ASKED_IMAGES, ASKED_BYTES = 10_000, 2e9
-# What one thread gathers in a second from a disk; where images are in memory, ten times that.
+# What one thread gathers in a second from a slow disk. Here it was 0.5e9 to 1.0e9, from memory 6 to
+# 18 times that (recipes/measured/data_path.json and its history): a thread too many costs little.
 GATHERED_BYTES = 0.6e9
 
 
@@ -2553,6 +2567,8 @@ class Runtime:
                 f"come within {GATHERING.seconds} s ({str(error).splitlines()[0]}): start all of "
                 "them, with the same MASTER_ADDR and MASTER_PORT."
             ) from error
+        except NotImplementedError as error:  # what these GPUs and their driver cannot do together
+            raise Problem(" ".join(str(error).split())) from error
         if accelerator.num_processes > 1:
             distributed: Any = torch.distributed.distributed_c10d
             # The second is its name in older torch.
@@ -2638,6 +2654,11 @@ class Runtime:
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)))
+
+    def align(self, model: nn.Module) -> None:
+        """Give all of them the first one's buffers, such as batch norm's statistics."""
+        if self.world > 1:
+            broadcast([*model.buffers()])
 
     def first(self, function: Callable[[], Any]) -> Any:
         """What the first of them finds, for all; a Problem of it stops all."""
@@ -4886,7 +4907,8 @@ def make(
 
         def begin() -> list[int]:
             for folder in dict.fromkeys(artefact.path.parent for artefact in artefacts):
-                locks.enter_context(locked(folder / ".lock"))
+                if locks.enter_context(locked(folder / ".lock")):
+                    clear_parts(folder)
             places = ctx.pending(artefacts)
             if places:
                 artefacts[0].begin()
@@ -5046,7 +5068,7 @@ class Training:
             self.network = typing.cast(nn.Module, torch.compile(self.network))
         self.optimizer = build_optimizer(self.model, self.train, runtime)
         self.scaler = runtime.accelerator.scaler  # of float16, else None
-        self.progress = Progress(torch.zeros(len(self.indices)))
+        self.progress = Progress(torch.zeros(len(self.indices), device=runtime.device))
         self.began = self.saved = self.told = time.monotonic()
         self.first_step = 0
         self.board: Any = None
@@ -5305,6 +5327,9 @@ class Training:
         if runtime.rank == 0:
             append_losses(self.job.artefact.work, losses)
         progress.sums, progress.current = {}, torch.zeros_like(progress.current)
+        # On CPUs each process has its own batch norm. What is scored, and refitted after the last
+        # epoch, must be what is saved; DDP does the same before the next step.
+        runtime.align(self.model)
         scores = self.job.validate()
         self.job.after_epoch(epoch)
         self.model.train()
@@ -5522,8 +5547,8 @@ def train_network(
     if runtime.rank == 0:
         count = sum(parameter.numel() for parameter in model.parameters())
         print(
-            f"{job.artefact.name}: {model.arch}, {count:,} parameters, {job.train.epochs} "
-            f"epoch{'s' * (job.train.epochs != 1)} of {len(job.store.split('train')):,} images, "
+            f"{job.artefact.name}: {model.arch}, {count:,} parameters, {job.num_epochs} "
+            f"epoch{'s' * (job.num_epochs != 1)} of {len(job.store.split('train')):,} images, "
             f"{job.train.batch_size} a step",
             flush=True,
         )
@@ -6150,6 +6175,7 @@ class Generator:
         half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
         self.network_dtype = half.get(runtime.precision, runtime.dtype)
         pipeline = load_pipeline(source)
+        check_pipeline(source, pipeline, len(class_names))
         self.unet = self._frozen(pipeline.unet, self.network_dtype)
         self.side = int(self.unet.config.sample_size)
         self.vae: Any = None
@@ -6170,7 +6196,7 @@ class Generator:
         self.vae = self._frozen(pipeline.vae, dtype)
         self.scale = pipeline.vae.config.scaling_factor
         self.side *= 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        prompts = [self.settings.prompt.format(name) for name in class_names]
+        prompts = [self.settings.prompt.replace("{}", name) for name in class_names]
         prompts.append("")  # without guidance
         tokens = pipeline.tokenizer(
             prompts, padding="max_length", truncation=True,
@@ -6423,10 +6449,11 @@ def guidance_bytes(generator: Generator, judge: Judge) -> dict[str, int]:
     return parts | {"teachers and student": (1 + judge.settings.cutouts) * networks}
 
 
-def fit_memory(generator: Generator, judge: Judge) -> None:
+def fit_memory(generator: Generator, judge: Judge, before: int = 0) -> None:
     """Choose how many samples pass through generator and judge at once, and say what they need:
-    without guidance less than the gradient that is reckoned with. Raises Problem if memory does
-    not hold the gradient of one image."""
+    without guidance less than the gradient that is reckoned with. If it fits, as many as `before`,
+    in a run that was killed: last digits show it. Raises Problem if memory does not hold the
+    gradient of one image."""
     settings, parts = judge.settings, guidance_bytes(generator, judge)
     need, free = max(parts.values()), free_bytes(generator.device)
     listed = ", ".join(f"{name} {count / 2**30:.2f}" for name, count in parts.items())
@@ -6437,7 +6464,8 @@ def fit_memory(generator: Generator, judge: Judge) -> None:
             "or smaller networks."
         )
     fits = max(1, int(0.8 * free / need))  # the rest: latents, images, what the allocator loses
-    size = min(settings.micro_batch or fits, settings.in_flight)
+    chosen = settings.micro_batch or (before if 0 < before <= fits else fits)
+    size = min(chosen, settings.in_flight)
     generator.micro_batch = judge.micro_batch = size
     what = "the gradient of an image" if settings.guided else "an image, at most"
     say(
@@ -6487,6 +6515,29 @@ def load_pipeline(source: str) -> Any:
             f"Generator {source} could not be loaded ({reason}): give a folder with a diffusers "
             "pipeline, or a hub id with a network."
         ) from error
+
+
+def check_pipeline(source: str, pipeline: Any, num_classes: int) -> None:
+    """Raise Problem for a network that takes or gives something else than a `Generator` does."""
+    config, has_text = pipeline.unet.config, hasattr(pipeline, "vae")
+    channels = pipeline.vae.config.latent_channels if has_text else 3
+    if {config.in_channels, config.out_channels} != {channels}:
+        raise Problem(
+            f"Generator {source}: its UNet takes {config.in_channels} channels and gives "
+            f"{config.out_channels}, not {channels} and {channels}: take one of colour images "
+            "that learns no variance, and is told of no mask or second image."
+        )
+    embedding, classes = config.class_embed_type, config.num_class_embeds
+    if embedding or (has_text and classes):
+        raise Problem(
+            f"Generator {source}: its UNet wants an embedding of classes "
+            f"({embedding or classes}) that cannot be given: take one without."
+        )
+    if classes and classes < num_classes:
+        raise Problem(
+            f"Generator {source} knows {classes} classes, the data have {num_classes}: take one "
+            "that was trained on these classes, in their order, or one without classes."
+        )
 
 
 def guidance(
@@ -6641,11 +6692,12 @@ class Flight:
     pass through the networks together shows in their last digits."""
 
     def __init__(
-        self, sources: Sequence[int], path: Path | None = None, recorded: Sequence[int] = ()
+        self, sources: Sequence[int], path: Path | None = None, recorded: Sequence[int] = (),
+        micro_batch: int = 0,
     ) -> None:
         self.queue = list(sources)[::-1]
         self.samples: list[Sample] = []
-        self.path = path
+        self.path, self.micro_batch = path, micro_batch
         self.recorded = set(recorded)  # sources that a killed run has finished
         self.saved = -math.inf
 
@@ -6659,7 +6711,8 @@ class Flight:
             best = sample.best | {"image": torch.from_numpy(sample.best["image"])}
             samples.append(vars(sample) | {"best": best})
         buffer = io.BytesIO()
-        torch.save({"queue": self.queue, "samples": samples}, buffer)
+        state = {"queue": self.queue, "samples": samples, "micro_batch": self.micro_batch}
+        torch.save(state, buffer)
         write_file(self.path, sealed(buffer.getvalue()))
         self.saved = time.monotonic()
 
@@ -6845,7 +6898,13 @@ def train_generator(ctx: Context, runtime: Runtime) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             scheduler = diffusion_scheduler(ctx.recipe.diffusion)
             pipeline = diffusers.DDPMPipeline(unet, scheduler)
-            pipeline.save_pretrained(folder)
+            try:
+                pipeline.save_pretrained(folder)
+            except SafetensorError as error:
+                raise Problem(
+                    f"{folder} could not be written ({error}): make room there, or choose another "
+                    "folder with --out; the same command then goes on from where it was."
+                ) from error
             artefact.write_note(path for path in folder.rglob("*") if path.is_file())
             loss = progress.history[-1]["loss"] if progress.history else math.nan
             say(f"generator: denoising loss {loss:.4f}, {time.monotonic() - began:.0f} s")
@@ -6887,13 +6946,15 @@ def diffusion_job(artefact: Artefact, ctx: Context, runtime: Runtime) -> Job:
         t = (level * section.num_timesteps).astype(np.int64)
         return x, runtime.upload(noise[: len(x)]), runtime.upload(t[: len(x)])
 
+    kept: list[Tensor] = []  # what was noised, from the forward pass to the losses
+
     def forward(network: nn.Module, batch: Batch) -> Tensor:
-        x, noise, t = noised(batch)
+        x, noise, t = kept[:] = noised(batch)
         labels = batch.labels if section.class_conditional else None
         return network(scheduler.add_noise(x, noise, t), t, labels).sample
 
     def losses(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        target = scheduler.get_velocity(*noised(batch))
+        target = scheduler.get_velocity(*kept)
         squares = F.mse_loss(batch.output.to(target), target, reduction="none")
         return squares.flatten(1).mean(1), {}
 
@@ -6951,7 +7012,7 @@ def make_set(
     judge = appoint_judge(settings, seed, ctx, runtime)
     source = settings.generator or str(train_generator(ctx, runtime))
     generator = Generator(source, settings, store.class_names, store.data.size, runtime)
-    fit_memory(generator, judge)
+    fit_memory(generator, judge, micro_batch_before(artefact, runtime))
     if settings.realism < 1:
         judge.threshold = calibrate(generator, store, settings.realism)
     sources = sources_of(settings, seed, judge, ctx, runtime)
@@ -6959,7 +7020,7 @@ def make_set(
     remaining = [int(i) for i in sources if i not in recorded]
     say(f"{artefact.name}: {len(sources):,} sources, {len(remaining):,} to do")
     began = time.monotonic()
-    flight = begin_flight(artefact, remaining, recorded, runtime)
+    flight = begin_flight(artefact, remaining, recorded, generator.micro_batch, runtime)
     accepted = generate_files(folder, generator, judge, store, flight, seed, runtime.rank)
     spent = generator.evaluations / max(1, accepted)
     runtime.wait()
@@ -6972,14 +7033,25 @@ def make_set(
     )
 
 
+def flight_paths(artefact: Artefact, runtime: Runtime) -> list[Path]:
+    """Where each process keeps what is on its way in it."""
+    return [artefact.work / f"flight-{rank}-of-{runtime.world}.pt" for rank in range(runtime.world)]
+
+
+def micro_batch_before(artefact: Artefact, runtime: Runtime) -> int:
+    """How many samples passed at once in this process when a run was killed; 0: there was none."""
+    with contextlib.suppress(Problem):
+        return read_state(flight_paths(artefact, runtime)[runtime.rank]).get("micro_batch", 0)
+    return 0
+
+
 def begin_flight(
-    artefact: Artefact, remaining: Sequence[int], recorded: Sequence[int], runtime: Runtime
+    artefact: Artefact, remaining: Sequence[int], recorded: Sequence[int], micro_batch: int,
+    runtime: Runtime,
 ) -> Flight:
     """This process's share of the sources, or what was on its way in it when a run was killed, if
     that had as many processes."""
-    paths = [
-        artefact.work / f"flight-{rank}-of-{runtime.world}.pt" for rank in range(runtime.world)
-    ]
+    paths = flight_paths(artefact, runtime)
 
     def is_kept() -> bool:
         with contextlib.suppress(Problem):  # none, or a damaged one
@@ -6993,7 +7065,7 @@ def begin_flight(
         return False
 
     share = remaining[runtime.rank :: runtime.world]
-    flight = Flight(share, paths[runtime.rank], recorded)
+    flight = Flight(share, paths[runtime.rank], recorded, micro_batch)
     if runtime.first(is_kept):
         flight.restore(runtime.device)
     else:
@@ -7021,7 +7093,7 @@ def sources_of(
         records = read_records(ctx.image_set(settings.like, seed).path.parent)
         return np.array([r["source"] for r in records if r["accepted"]], np.int64)
     train = ctx.store.split("train")
-    logits = predict([judge.student], ctx.store, train, runtime.alone())[0]
+    logits = predict([judge.student], ctx.store, train, runtime)[0]
     return train[pick_sources(settings, logits.softmax(-1), ctx.store.labels[train])]
 
 
@@ -9516,6 +9588,7 @@ def check_recipe(recipe: Recipe, name: str, original: Recipe | None = None) -> N
         recipe, name, students=students, augments={**original.augments, **recipe.augments}
     )
     check_compared(recipe, name, students)
+    check_helpers(recipe, name, students)
     for place, section in sections_of(recipe):
         for setting in settings_in(section):
             outside = not setting.active and setting.value != setting.default
@@ -9626,6 +9699,25 @@ def check_compared(recipe: Recipe, name: str, students: Mapping[str, Distill]) -
             if column.removesuffix("_std") not in columns:
                 hint = suggest(column, columns)
                 raise Problem(f"{name}: published[{row!r}] has a column {column!r}{hint}.")
+
+
+def check_helpers(recipe: Recipe, name: str, students: Mapping[str, Distill]) -> None:
+    """Raise Problem for a helper whose losses are not of the images that a student is shown."""
+    for key, student in recipe.students.items():
+        if student.rebalance != "tab" or not student.helper:
+            continue
+        helper = students[student.helper]
+        seen, shown = (
+            (each.augmented, each.augmented_ratio if each.augmented else 0.0)
+            for each in (helper, student)
+        )
+        if helper.rebalance != "none" or seen != shown:
+            place = f"{name}: students[{key!r}]"
+            raise Problem(
+                f"{place}.helper = {student.helper!r} learns from other images, so its losses say "
+                f"nothing of this student's: name one with augmented = {student.augmented!r}, the "
+                "same augmented_ratio and rebalance = 'none'."
+            )
 
 
 def check_student(
@@ -11063,6 +11155,14 @@ def in_one_line(work: Callable[[], None]) -> None:
         sys.exit(
             f"error: {error.filename}: {error.strerror}: mend that, or choose other folders with "
             "--out and Data.store; the same command then goes on from where it was."
+        )
+    except torch.OutOfMemoryError as error:
+        # What is full and what was asked for, without the allocator's figures and advice.
+        told = ". ".join(str(error).splitlines()[0].split(". ")[:2])
+        sys.exit(
+            f"error: {told}: set a smaller --micro-batch (in recipes: micro_batch), or --precision "
+            "bfloat16, or free memory there. Checkpoints are kept: the same command goes on from "
+            "where it was."
         )
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")

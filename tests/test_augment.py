@@ -2,14 +2,18 @@
 
 import contextlib
 import csv
+import io
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -223,6 +227,26 @@ def test_generators_that_cannot_be_used_are_one_line(
         make(stable_diffusion, SETTINGS, store, runtime)
 
 
+@pytest.mark.parametrize("change, told", [
+    ({"in_channels": 1, "out_channels": 1}, "takes 1 channels and gives 1, not 3 and 3"),
+    ({"out_channels": 6}, "takes 3 channels and gives 6, not 3 and 3"),
+    ({"class_embed_type": "timestep"}, r"an embedding of classes \(timestep\)"),
+    ({"num_class_embeds": 1}, "knows 1 classes, the data have 2: take one"),
+])
+def test_networks_that_do_not_fit_the_data_are_one_line(
+    pixels: str, store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, change: Any,
+    told: str,
+) -> None:
+    from diffusers import UNet2DModel
+
+    pipeline = grokd.load_pipeline(pixels)
+    pipeline.unet = UNet2DModel.from_config({**pipeline.unet.config, **change})
+    monkeypatch.setattr(grokd, "load_pipeline", lambda source: pipeline)
+    with pytest.raises(Problem, match=told) as refusal:
+        make(pixels, SETTINGS, store, runtime)
+    assert "\n" not in str(refusal.value)
+
+
 def test_images_that_look_unreal_are_rejected(
     pixels: str, store: Store, runtime: Runtime
 ) -> None:
@@ -286,6 +310,22 @@ def test_another_choice_of_sources_is_another_set(change: dict[str, Any]) -> Non
     for settings in (Augment(), Augment(guided=False)):
         assert grokd.settings_of(replace(settings, **change)) != grokd.settings_of(settings)
     assert grokd.settings_of(replace(alike, **change)) == grokd.settings_of(alike)
+
+
+def test_processes_share_the_prediction_that_chooses_sources(
+    store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Runtime] = []
+
+    def predict(models: Any, store: Store, indices: np.ndarray, runtime: Runtime) -> Tensor:
+        asked.append(runtime)
+        return torch.zeros(1, len(indices), 2)
+
+    monkeypatch.setattr(grokd, "predict", predict)
+    ctx: Any = SimpleNamespace(store=store)
+    together = replace(runtime, shared=True)
+    assert len(grokd.sources_of(SETTINGS, 0, judge(store), ctx, together)) == 8
+    assert asked == [together]
 
 
 def test_rebalanced_training_shows_clusters_alike(store: Store) -> None:
@@ -356,6 +396,18 @@ def test_unknown_references_and_circles_are_refused_before_any_work(change: Any,
         grokd.check_recipe(replace(recipe, students=students, augments=recipe.augments), "mine")
 
 
+@pytest.mark.parametrize("change", [
+    {"augmented": ""}, {"augmented": "unguided"}, {"augmented_ratio": 0.5},
+    {"rebalance": "classes"},
+])
+def test_a_helper_that_saw_other_images_is_refused_before_any_work(change: Any) -> None:
+    recipe = grokd.load_recipe("digits_augment")
+    students = {**recipe.students, "helper": replace(recipe.students["helper"], **change)}
+    told = r"\['kd-config-tab'\].helper = 'helper' learns from other images.* augmented = 'config'"
+    with pytest.raises(Problem, match=told):
+        grokd.check_recipe(replace(recipe, students=students), "mine")
+
+
 def test_a_missing_generator_is_told_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,7 +443,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
     tmp_path: Path, grokd_process: Run, store: Store, runtime: Runtime,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = write_images(tmp_path)
     monkeypatch.chdir(folder)
@@ -428,6 +480,12 @@ def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
     command("augment", "--set", "config", "--iterations", "2")
     assert (folder / "runs/tiny/augmented/config+iterations=2/seed0/metadata.csv").is_file()
 
+    capsys.readouterr()
+    command("augment", "--redo")
+    printed = capsys.readouterr().out
+    assert printed.count(" accepted, ") == 2 and printed.count("generator: UNet of ") == 1
+    assert pictures(made) == before
+
     (made / "done.json").unlink()
     with pytest.raises(Problem, match="nothing that says from where"):
         command("augment", "--set", "config")
@@ -450,7 +508,7 @@ def test_whole_command_makes_a_data_set_and_adds_nothing_when_repeated(
 
 
 def test_killed_augmentation_goes_on_with_the_images_it_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_images(tmp_path, per_group=12)
     monkeypatch.chdir(folder)
@@ -472,8 +530,15 @@ def test_killed_augmentation_goes_on_with_the_images_it_had(
     process.wait()
     had = {r["source"]: r for r in grokd.read_records(made)}
     assert had and not (made / "done.json").exists()
+    flight, = made.glob("done.partial/flight-*")
+    state = grokd.read_state(flight)
+    assert state["micro_batch"] == 4
+    content = io.BytesIO()
+    torch.save(state | {"micro_batch": 3}, content)  # as if there had been less memory
+    flight.write_bytes(grokd.sealed(content.getvalue()))
     with contextlib.suppress(Problem):  # if none is accepted
         command("augment", "--set", "config")
+    assert ", 3 of 4 in flight at a time: " in capsys.readouterr().out
     found = grokd.read_records(made)
     assert len(found) == len({r["source"] for r in found}) == 48
     assert all(r in found for r in had.values())
@@ -546,6 +611,24 @@ def generator_of(folder: Path, kill_at: int) -> None:
     process.wait()
 
 
+@contextlib.contextmanager
+def small_files(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it, no file of a pipeline may have more than 20,000 bytes, as on a full disk."""
+    from diffusers import DDPMPipeline
+
+    save, (soft, hard) = DDPMPipeline.save_pretrained, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self: Any, folder: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        save(self, folder)
+
+    patch.setattr(DDPMPipeline, "save_pretrained", limited)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def unet(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
@@ -581,8 +664,12 @@ def test_generator_is_trained_by_the_one_loop(
 
     with pytest.raises(Problem, match=r"done.partial/begun.json was made with other"):
         train(killed, "--diffusion.lr", "0.5")
+    with monkeypatch.context() as patch, small_files(patch), pytest.raises(
+        Problem, match=r"generator/pipeline could not be written .*File too large.*: make room"
+    ):
+        train(killed)
     train(killed)
-    assert "generator/done: goes on at step" in capsys.readouterr().out
+    assert "generator/done: goes on at step 8 of 8" in capsys.readouterr().out
     one, again = unet(folder), unet(killed)
     assert all(torch.equal(one[key], again[key]) for key in one)
 

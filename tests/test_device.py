@@ -218,6 +218,19 @@ def test_settings_of_a_launcher_that_change_nothing_pass(
     assert Runtime.start("launch").accelerator.gradient_accumulation_steps == 1
 
 
+def test_gpus_that_cannot_talk_to_each_other_are_told_of_in_one_line(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate does it on GPUs of the RTX 4000 series, but with a traceback."""
+    def refuse(**settings: Any) -> None:
+        raise NotImplementedError('Please set `NCCL_P2P_DISABLE="1"`\nand `NCCL_IB_DISABLE="1"`.')
+
+    monkeypatch.setattr(grokd, "Accelerator", refuse)
+    told = 'Please set `NCCL_P2P_DISABLE="1"` and `NCCL_IB_DISABLE="1"`.'
+    with pytest.raises(Problem, match=f"^{told}$"):
+        Runtime.start("float32")
+
+
 # Precision
 
 
@@ -336,9 +349,35 @@ def test_float16_scales_losses_skips_steps_and_says_when_none_is_left(store: Sto
         shutil.rmtree(training.job.artefact.work)
         second.restore()
         assert second.scaler.get_scale() == 2**16
+
+        # Gradients are clipped as they are, not as they are scaled.
+        second.job.clip = 1e-3
+        for group in second.optimizer.param_groups:
+            group["momentum"] = group["weight_decay"] = 0.0
+        parameters = torch.nn.utils.parameters_to_vector
+        before = parameters(second.model.parameters()).detach()
+        learn(second, 1)
+        moved = parameters(second.model.parameters()).detach() - before
+        assert abs(float(moved.norm()) / (train.lr * second.job.clip) - 1) < 0.01
         """
     )
     assert "plain: gradients are not finite in float16 by step 20, however small" in done.stdout
+
+
+def test_flags_of_processes_are_added_up_on_their_device() -> None:
+    """A GPU's collectives take nothing from the host."""
+    asked: list[torch.Tensor] = []
+
+    def reduce(tensor: torch.Tensor, how: str) -> torch.Tensor:
+        asked.append(tensor)
+        return torch.ones(())
+
+    accelerator: Any = types.SimpleNamespace(
+        device=torch.device("meta"), num_processes=2, process_index=0, reduce=reduce
+    )
+    assert Runtime(accelerator, "float32", shared=True).any(False)
+    flag, = asked
+    assert flag.is_meta
 
 
 # Batch norm over processes
@@ -388,6 +427,16 @@ def test_process_without_images_of_its_own_has_every_sum(store: Store, runtime: 
     assert training.progress.sums["loss"] == training.progress.current.double().sum() > 0
 
 
+def test_losses_stand_on_the_device_before_a_step_in_vain(store: Store) -> None:
+    """Where several processes go on, it comes before what the checkpoint holds."""
+    accelerator: Any = types.SimpleNamespace(
+        device=torch.device("meta"), num_processes=1, scaler=None,
+        prepare_optimizer=lambda optimizer: optimizer,
+    )
+    training = plain_training(store, Runtime(accelerator, "float32"), Train())
+    assert training.progress.current.is_meta
+
+
 def test_loss_that_is_not_finite_on_one_process_stops_all(store: Store) -> None:
     done = python(
         f"""
@@ -411,6 +460,38 @@ def test_loss_that_is_not_finite_on_one_process_stops_all(store: Store) -> None:
         launcher=TWO,
     )
     assert done.stdout.count("plain: the loss is nan by step 20: lower its lr.") == 2
+
+
+def test_every_process_scores_the_batch_norm_that_is_saved(store: Store) -> None:
+    """Statistics of a process's own share would be gone when a killed run goes on."""
+    done = python(
+        f"""
+        from test_device import *
+        runtime = Runtime.start("float32").together()
+        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
+        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        training = plain_training(store, runtime, Train(epochs=1, batch_size=9), "resnet8")
+        scored = {{}}
+
+        def validate():
+            scored.update({{k: v.clone() for k, v in training.model.state_dict().items()}})
+            return {{}}
+
+        training.job.validate = validate
+        with training.reporting():
+            learn(training, 2)
+            training.end_epoch(0)
+        runtime.wait()
+        saved = grokd.load_checkpoint(grokd.newest_checkpoint(training.job.artefact.work))
+        for name, value in saved["model"].items():
+            assert torch.equal(scored[name], value), name
+        os.write(1, b"PASSED\\n")
+        runtime.accelerator.wait_for_everyone()
+        os._exit(0)  # threads of a network that still stands may abort the end
+        """,
+        launcher=TWO,
+    )
+    assert done.stdout.count("PASSED") == 2
 
 
 def test_micro_batches_of_one_process_are_cut_as_ever() -> None:

@@ -249,6 +249,12 @@ def test_images_are_those_of_the_pipeline_itself(
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
 
 
+def test_a_prompt_may_hold_braces_of_its_own(released: dict[str, str], runtime: Runtime) -> None:
+    settings = replace(SETTINGS, prompt="a {x}, {}")
+    text: Any = Generator(released["turbo"], settings, ["cat", "dog"], 16, runtime).text
+    assert len(text) == 3 and not torch.equal(text[0], text[1])
+
+
 def test_turbo_starts_at_the_last_level_from_noise_alone(
     released: dict[str, str], store: Store, runtime: Runtime
 ) -> None:
@@ -528,9 +534,11 @@ def test_slices_are_those_that_memory_holds_and_said_before_anything_is_computed
     image = torch.empty((1, 3, 12, 12), device="meta", dtype=torch.float64, requires_grad=True)
     views = 2 * 3 * grokd.gradient_bytes(judges.student.trunk, image)  # cutout; three networks
     need = max(*parts.values(), views)
-    for free, size in ((1e12, 7), (5.1 * need, 4), (need, 1)):
+    for free, before, size in (
+        (1e12, 0, 7), (5.1 * need, 0, 4), (need, 0, 1), (1e12, 3, 3), (5.1 * need, 6, 4)
+    ):
         monkeypatch.setattr(grokd, "free_bytes", lambda device, free=free: free)
-        grokd.fit_memory(generator, judges)
+        grokd.fit_memory(generator, judges, before)
         assert (generator.micro_batch, judges.micro_batch) == (size, size)
         assert f", {size} of 7 in flight at a time: " in capsys.readouterr().out
     monkeypatch.setattr(grokd, "free_bytes", lambda device: need - 1)
@@ -546,7 +554,7 @@ def test_slices_are_those_that_memory_holds_and_said_before_anything_is_computed
     guided = replace(settings, guidance_scale=4.0)
     twice = make(stable_diffusion, guided, store, runtime).sample_bytes()
     assert twice["UNet"] == pytest.approx(2 * parts["UNet"], rel=0.01)
-    assert [len(seen) for seen in passed] == [1 + 6, 1 + 6, 1 + 6]  # meta tensors alone
+    assert [len(seen) for seen in passed] == [1 + 8, 1 + 8, 1 + 8]  # meta tensors alone
     assert not any(p.is_meta for network in networks for p in network.parameters())
 
 
@@ -644,8 +652,16 @@ def test_no_step_of_the_generators_training_waits(store: Store, runtime: Runtime
     training = grokd.Training(grokd.diffusion_job(artefact, ctx, runtime), runtime)
     ahead = [*islice(training.batches(0), 3)]
     learn(training, 1)  # the scheduler's tables go to the device, once
+    drawn, noise_like = [], grokd.noise_like
+
+    def noted(*args: Any) -> Tensor:
+        drawn.append(args)
+        return noise_like(*args)
+
     # AdamW counts its steps on the host, so that what follows the gradients is left out.
     with pytest.MonkeyPatch.context() as patch, Waits(patch) as waits:
+        patch.setattr(grokd, "noise_like", noted)
         for batch, parts in ahead:
             training._accumulate(0, len(batch), parts[0])
     assert waits.seen == []
+    assert len(drawn) == len(ahead) == 3  # once a step, for the forward pass and the loss

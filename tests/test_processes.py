@@ -247,6 +247,17 @@ def test_process_whose_others_do_not_come_does_not_wait_for_ever(images: Path, h
     assert ended.codes == [1, 0] and ended.seconds < 60
 
 
+def test_what_one_process_made_again_no_other_deletes(images: Path, herd: Herd) -> None:
+    """With models side by side the biased model is the first process's alone."""
+    flags = ["--kind", "erm", "--epochs", "1", "--redo"]
+    for parallel in ("data", "models"):
+        ended = herd.run(images, 2, "bias-model", "tiny.py", *flags, "--parallel", parallel)
+        assert ended.codes == [0, 0], ended.errors
+        printed = "".join(ended.printed)
+        assert printed.count("bias-model/model: cnn2") == 1  # trained once
+        assert (images / OUT / "bias-model/model.safetensors").is_file()
+
+
 # Disks without locks
 
 

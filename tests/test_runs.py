@@ -188,7 +188,8 @@ def test_bias_model_may_be_a_teachers_parent(finished: Path) -> None:
 def test_early_stopped_model_is_the_full_one_cut_short(images: Path, command: Grokd) -> None:
     more = ["--weights", "random", "--epochs", "6", "--schedule", "cosine"]
     command(images, "bias-model", "--kind", "erm", "--out", "runs/full", *more)
-    command(images, "bias-model", "--kind", "early-stopped", "--stop-after", "2", *more)
+    printed = command(images, "bias-model", "--kind", "early-stopped", "--stop-after", "2", *more)
+    assert "parameters, 2 epochs of 16 images" in printed
     whole = load_file(images / "runs" / "full" / "bias-model" / "model.losses.safetensors")
     short = weights(images, "bias-model/model.losses")
     assert len(whole["losses"]) == 6
@@ -509,10 +510,15 @@ def test_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
 def test_artefact_being_written_is_left_alone(images: Path, command: Grokd) -> None:
     lock = images / "runs" / "tiny" / "teachers" / "1" / ".lock"
     told = f"teachers/1 is being written by another run .process {os.getpid()} on "
+    part, others = (lock.with_name(name) for name in ("erm.safetensors.part123", "notes.partly"))
     with grokd.locked(lock), pytest.raises(Problem, match=told):
+        part.touch()  # as that run writes it
+        others.touch()
         command(images, "teachers")
     assert (images / "runs" / "tiny" / "teachers" / "0" / "dfr.safetensors").is_file()
+    assert part.exists()
     command(images, "teachers")
+    assert others.exists() and not part.exists()  # left by a kill, now that nobody writes
 
 
 def test_full_disk_is_one_line_and_loses_nothing(images: Path) -> None:

@@ -741,6 +741,22 @@ def test_full_disk_ends_in_one_line_and_the_run_goes_on(
     assert not [*finished.folder.rglob("*.part*")]
 
 
+def test_full_memory_of_a_gpu_ends_in_one_line_and_leaves_the_checkpoint(
+    half_trained: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_trained.restore()
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB.")
+
+    monkeypatch.setattr(grokd.Training, "step", full)
+    line = ending("teachers", "tiny.py")
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB: set a smaller "
+                           "--micro-batch (in recipes: micro_batch), or --precision bfloat16")
+    assert half_trained.files("runs/tiny/teachers/0/*.partial/[0-9]*/state.pt")
+
+
 def test_second_run_waits_for_the_store_of_the_first(finished: Made) -> None:
     """Not for ever, and it takes what the other has built."""
     finished.restore()
