@@ -9288,6 +9288,7 @@ def card(about: Mapping[str, Any]) -> str:
     scores, made = about["formats"]["grokd"], about["made"]
     kinds = [kind for kind in FILES if kind in about["formats"]]
     checked, tested = about["checked_images"], sum(group["test"] for group in about["groups"])
+    processor = made["hardware"].rpartition(", ")[0]  # without processes and threads
     sizes = [
         [group["name"], *("–" if group[part] is None else str(group[part]) for part in SPLITS)]
         for group in about["groups"]
@@ -9304,7 +9305,7 @@ def card(about: Mapping[str, Any]) -> str:
         f"{checked:,} test images: greatest difference of a logit, and per cent of images of the "
         f"same class. Of a file of floats no logit may differ by more than {MAX_DELTA:g} of the "
         f"greatest one, nor the class of more than {100 * MAX_CHANGED:g} % of the images (at least "
-        f"one). ms: least time of one image at a time, on one thread ({made['hardware']}).",
+        f"one). ms: least time of one image at a time, on one thread of {processor}.",
     ]
     if "int8" in kinds:
         parts.append(

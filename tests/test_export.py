@@ -157,6 +157,7 @@ def test_recommended_student_is_written_with_card_and_config(trained: Path) -> N
     assert grokd.format_table(about) in card
     assert f"**{figures['grokd']['wga']:.1f} %**" in card
     assert "calibrated on 8 validation images" in card
+    assert f"one image at a time, on one thread of {grokd.processor_name()}." in card
     assert "cnn2 is a network of grokd's own" in card
 
 
