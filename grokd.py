@@ -4816,6 +4816,8 @@ class Context:
         if section.like:
             parents.append(self.image_set(section.like, seed))
         settings = settings_of(section) | {"seed": seed}
+        if section.generator:  # Stable Diffusion is told them
+            settings["class_names"] = list(self.store.class_names)
         return self._artefact(
             f"augmented/{name}/seed{seed}/done", "augment", settings, parents, note=True
         )

@@ -583,6 +583,9 @@ def test_a_set_is_known_by_what_its_generators_folder_contains(
     first = described(images, more).image_set("config", 0)
     again = described(images, more).image_set("config", 0)
     assert first.fingerprint == again.fingerprint
+    named = ("recipe = grokd.replace(recipe, data=grokd.replace(recipe.data, "
+             "class_names=('cat', 'dog')))\n")  # a prompt names the class
+    assert described(images, more + named).image_set("config", 0).fingerprint != first.fingerprint
     weights = next((images / "pipeline" / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     grokd.identify.cache_clear()
