@@ -83,8 +83,8 @@ FAULTS = [
     ),
     Fault(
         "shrinking adds",
-        "weights = (1 - shrink) * weights + shrink",
-        "weights = weights + shrink",
+        "return (1 - shrink) * weights + shrink",
+        "return weights + shrink",
         "tests/test_weights.py -k slow_formula",
     ),
     Fault(
@@ -95,15 +95,21 @@ FAULTS = [
     ),
     Fault(
         "departure keeps teachers without skill",
-        "skilled = skill * 3 >= skill.max()",
-        "skilled = skill * 3 >= 0",
+        "if 3 * skill[t] >= max(skill)",
+        "if 3 * skill[t] >= 0",
         "tests/test_departure.py -k 'formula or without_skill'",
     ),
     Fault(
         "departure keeps teachers below the gap",
-        "ranked[1:] * departure_gap < ranked[:-1]",
-        "ranked[1:] * departure_gap < 0",
+        "[distance[b] * departure_gap < distance[a]",
+        "[distance[b] * departure_gap < 0",
         "tests/test_departure.py -k 'formula or left_out'",
+    ),
+    Fault(
+        "departure trusts a bad teacher that departs most",
+        "if not below or 3 * mean_of(above, skill) >= 2 * mean_of(below, skill):",
+        "if True:",
+        "tests/test_departure.py -k alone_above",
     ),
     Fault(
         "merit counts where a teacher is wrong",
@@ -131,6 +137,36 @@ FAULTS = [
         "tests/test_features.py -k own_parent",
     ),
     # Rivals
+    Fault(
+        "an image shown in vain counts",
+        "if self.in_vain:",
+        "if False:",
+        "tests/test_device.py -k in_vain",
+    ),
+    Fault(
+        "group DRO: a share falls to nothing",
+        "q.clamp(min=SMALLEST_SHARE)",
+        "q",
+        "tests/test_rivals.py -k huge_losses",
+    ),
+    Fault(
+        "dedier: never weighed anew",
+        "        self.job.after_epoch(epoch)\n",
+        "",
+        "tests/test_rivals.py -k weighs_anew",
+    ),
+    Fault(
+        "dedier: a readout that does not learn",
+        "of_block[batch]).mean().backward()\n                    optimizer.step()",
+        "of_block[batch]).mean().backward()",
+        "tests/test_rivals.py -k literally",
+    ),
+    Fault(
+        "dedier: earlier weights stay",
+        "samples.weights.copy_(weights)",
+        "samples.weights.copy_(torch.maximum(samples.weights, weights))",
+        "tests/test_rivals.py -k weighs_anew",
+    ),
     Fault(
         "dedier: the margin itself",
         "torch.exp(beta * margins**alpha)",
