@@ -6,6 +6,7 @@
     python recipes/measured/gains.py twenty
     python recipes/measured/gains.py bad-teacher
     python recipes/measured/gains.py selection --runs runs/ensembles/where_it_pays*/[0-9]*
+    python recipes/measured/gains.py gaps --runs runs/ensembles/where_it_pays*/[0-9]*
 
 `summary` writes tables of WGA, of paired differences with 95 % intervals (Student's t), and of how
 gains follow the headroom, and a figure of the gain over AVER against the headroom, one point an
@@ -14,7 +15,8 @@ recipe. `bad-teacher` copies the
 teachers of those runs, puts a network of random weights, or one trained on labels of which a share
 was shuffled, in the place of the last one's, trains students from them, and writes a table.
 `selection` counts for which
-shares departure keeps exactly the refitted teachers (--recipe and --root say of which data).
+shares departure keeps exactly the refitted teachers (--recipe and --root say of which data), `gaps`
+for how many ensembles it does with other gaps.
 """
 
 import argparse
@@ -264,60 +266,86 @@ def bad_teacher(seeds: list[int]) -> None:
           ["WGA, five refitted teachers", "all good", *SPOILT], rows)
 
 
-def kept_teachers(store: grokd.Store, run: Path) -> dict[int, list[bool]]:
-    """Which teachers of a run departure keeps, by how many are refitted, the first ones."""
+def measured_teachers(store: grokd.Store, run: Path) -> tuple[list[float], list[float]]:
+    """Departure and skill of a run's teachers, plain and refitted in turn."""
     device = torch.device("cpu")
     paths = [run / "teachers" / str(i) / f"{head}.safetensors"
-             for head in ("erm", "dfr") for i in range(NUM_TEACHERS)]
+             for i in range(NUM_TEACHERS) for head in ("erm", "dfr")]
     models = [grokd.load_model(path, device, store)
               for path in [*paths, run / "bias-model" / "model.safetensors"]]
     runtime = grokd.Runtime.start("float32")
     targets = grokd.Targets(models, len(paths), store, {"of": str(run)}, runtime, 0)
-    skill = targets.measure(DEPARTURE_GAP).skill
-    logits = targets.logits(np.arange(len(targets.indices)))
-    labels = torch.from_numpy(store.labels[targets.indices])
-    kept = {}
-    for refitted in range(NUM_TEACHERS + 1):
-        picked = [i + NUM_TEACHERS * (i < refitted) for i in range(NUM_TEACHERS)]
-        blocks = iter([(logits[picked], logits[-1], labels)])
-        found = grokd.measure_departures(blocks, skill[picked], DEPARTURE_GAP)
-        kept[refitted] = (found.weights > 0).tolist()
-    return kept
+    found = targets.measure(DEPARTURE_GAP)
+    return found.distance.tolist(), found.skill.tolist()
+
+
+def outcome(distance: list[float], skill: list[float], refitted: int, gap: float) -> int:
+    """Whether departure keeps exactly the first, refitted teachers, of none all (0), fewer (1), or
+    biased ones too (2)."""
+    picked = [2 * i + (i < refitted) for i in range(NUM_TEACHERS)]
+    kept = grokd.departing([distance[i] for i in picked], [skill[i] for i in picked], gap)
+    right = {*range(refitted or NUM_TEACHERS)}
+    return 0 if {*kept} == right else 1 + bool({*kept} - right)
 
 
 def selection(recipe: str, root: str, runs: list[Path]) -> None:
-    about = grokd.origin()
-    store = grokd.open_store(grokd.load_recipe(recipe).data, root)
-    counts: dict[int, list[int]] = {refitted: [0, 0, 0] for refitted in range(NUM_TEACHERS + 1)}
-    for run in runs:
-        for refitted, kept in kept_teachers(store, run).items():
-            right = [i < refitted or not refitted for i in range(NUM_TEACHERS)]
-            biased_too = any(k and not r for k, r in zip(kept, right, strict=True))
-            counts[refitted][0 if kept == right else 1 + biased_too] += 1
-    rows = [[str(refitted), *map(str, row)] for refitted, row in counts.items()]
-    variant = recipe.partition(":")[2]
-    write(f"where_it_pays_selection{variant and '_'}{variant}", about, [
+    about, teachers = grokd.origin(), teachers_of(recipe, root, runs)
+    rows = []
+    for refitted in range(NUM_TEACHERS + 1):
+        found = [outcome(*each, refitted, DEPARTURE_GAP) for each in teachers]
+        rows.append([str(refitted), *(str(found.count(kind)) for kind in range(3))])
+    write(f"where_it_pays_selection{suffix(recipe)}", about, [
         "refitted teachers of five", "kept exactly (of none: all)", "fewer", "biased ones too"
     ], rows)
 
 
+def gaps(recipe: str, root: str, runs: list[Path]) -> None:
+    about, teachers = grokd.origin(), teachers_of(recipe, root, runs)
+    rows = []
+    for gap in (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0):
+        counts = []
+        for refitted in range(1, NUM_TEACHERS + 1):
+            found = [outcome(*each, refitted, gap) for each in teachers]
+            counts.append(f"{found.count(0)} ({found.count(2)})")
+        rows.append([f"{gap:g}", *counts])
+    columns = [f"{refitted} refitted" for refitted in range(1, NUM_TEACHERS + 1)]
+    title = f"departure_gap; of {len(runs)}, kept exactly (biased ones too)"
+    write(f"where_it_pays_gaps{suffix(recipe)}", about, [title, *columns], rows)
+
+
+def teachers_of(
+    recipe: str, root: str, runs: list[Path]
+) -> list[tuple[list[float], list[float]]]:
+    store = grokd.open_store(grokd.load_recipe(recipe).data, root)
+    return [measured_teachers(store, run) for run in runs]
+
+
+def suffix(recipe: str) -> str:
+    """Of a record's name: the recipe's variant."""
+    variant = recipe.partition(":")[2]
+    return variant and f"_{variant}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("summary", "twenty", "bad-teacher", "selection"))
+    parser.add_argument("what", choices=(
+        "summary", "twenty", "bad-teacher", "selection", "gaps"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 210, 220, 230, 240])
     parser.add_argument("--recipe", default="where_it_pays")
     parser.add_argument("--of", default="where_it_pays", help="summary: the record")
     parser.add_argument("--root", default=".")
     parser.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs")
     args = parser.parse_args()
-    if args.what == "selection" and not args.runs:
-        parser.error("selection needs --runs")
+    if args.what in ("selection", "gaps") and not args.runs:
+        parser.error(f"{args.what} needs --runs")
     if args.what == "summary":
         summary(args.of)
     elif args.what == "twenty":
         twenty()
     elif args.what == "selection":
         selection(args.recipe, args.root, args.runs)
+    elif args.what == "gaps":
+        gaps(args.recipe, args.root, args.runs)
     else:
         bad_teacher(args.seeds)
 
