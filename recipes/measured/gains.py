@@ -299,9 +299,10 @@ def selection(recipe: str, root: str, runs: list[Path]) -> None:
     ], rows)
 
 
-def gaps(recipe: str, root: str, runs: list[Path]) -> None:
-    about, teachers = grokd.origin(), teachers_of(recipe, root, runs)
-    rows = []
+def gaps(recipe: str, runs: list[Path]) -> None:
+    """From what the runs' reports say of their teachers."""
+    about, rows = grokd.origin(), []
+    teachers = [recorded_teachers(json.loads((run / "results.json").read_text())) for run in runs]
     for gap in (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0):
         counts = []
         for refitted in range(1, NUM_TEACHERS + 1):
@@ -311,6 +312,15 @@ def gaps(recipe: str, root: str, runs: list[Path]) -> None:
     columns = [f"{refitted} refitted" for refitted in range(1, NUM_TEACHERS + 1)]
     title = f"departure_gap; of {len(runs)}, kept exactly (biased ones too)"
     write(f"where_it_pays_gaps{suffix(recipe)}", about, [title, *columns], rows)
+
+
+def recorded_teachers(results: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """The same of a report; 0 for a teacher that none of its students has plain."""
+    found = {teacher["name"]: teacher for each in results["ensembles"]
+             for teacher in each["teachers"]}
+    names = [f"teachers/{i}/{head}" for i in range(NUM_TEACHERS) for head in ("erm", "dfr")]
+    teachers = [found.get(name, {"departure": 0.0, "skill": 0.0}) for name in names]
+    return [each["departure"] for each in teachers], [each["skill"] for each in teachers]
 
 
 def teachers_of(
@@ -345,7 +355,7 @@ def main() -> None:
     elif args.what == "selection":
         selection(args.recipe, args.root, args.runs)
     elif args.what == "gaps":
-        gaps(args.recipe, args.root, args.runs)
+        gaps(args.recipe, args.runs)
     else:
         bad_teacher(args.seeds)
 
