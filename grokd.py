@@ -515,7 +515,7 @@ class Distill:
     # are not.
     departure_gap: Annotated[
         float, Range(1), When(weighting=("departure", callable)), Mark.CURVE
-    ] = 4.0
+    ] = 2.5
     # Weighted mean of losses (for this loss: of softened probabilities), or loss to the weighted
     # mean of logits.
     combine: Annotated[Literal["losses", "logits"], TAUGHT, KD] = "losses"
