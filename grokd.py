@@ -510,8 +510,8 @@ class Distill:
     shrink: Annotated[
         Share, When(weighting="agre", feature_weights="agre"), Mark.CURVE
     ] = 0.0
-    # departure: teachers below the first gap in departure of more than this factor do not count
-    # (ours; see measure_departures). Lower it if biased teachers are kept, raise it if good ones
+    # departure: teachers below the greatest gap in departure do not count, if it is more than this
+    # factor (ours; see `departing`). Lower it if biased teachers are kept, raise it if good ones
     # are not.
     departure_gap: Annotated[
         float, Range(1), When(weighting=("departure", callable)), Mark.CURVE
@@ -1187,21 +1187,29 @@ def measure_departures(
     return Departures(distance, disputed / disputes, hits / total, skill, merit, shares)
 
 
+# Departures below it, differences of .03 in probability (root mean square), are noise (ours).
+SMALLEST_DEPARTURE = 1e-3
+
+
 def departing(distance: list[float], skill: list[float], departure_gap: float) -> list[int]:
     """The teachers that are not as biased as the biased model, by departure and skill [M] (ours).
 
-    One of less than a third of the greatest skill is left out: it departs by being wrong. Of the
-    others those count, from the greatest departure downwards, until the next one's is more than
-    `departure_gap` times smaller. If they have less than two thirds of the mean skill of those
-    below such a gap, they depart by being wrong, too, and the search goes on below it.
+    One of less than a third of the greatest skill is left out: it departs by being wrong. The
+    others are ranked by departure and divided where it falls by the greatest factor, if that is
+    more than `departure_gap`: those above count, those below are as biased as the biased model. If
+    those above have less than two thirds of the mean skill of those below, they depart by being
+    wrong, too, and the others alone are divided.
     """
     ranked = sorted(range(len(distance)), key=lambda t: -distance[t])
     ranked = [t for t in ranked if 3 * skill[t] >= max(skill)]
     while True:
-        falls = [distance[b] * departure_gap < distance[a] for a, b in itertools.pairwise(ranked)]
-        count = [*falls, True].index(True) + 1
+        sizes = [max(distance[t], SMALLEST_DEPARTURE) for t in ranked]
+        falls = [above / below for above, below in itertools.pairwise(sizes)]
+        if max(falls, default=0) <= departure_gap:
+            return ranked
+        count = falls.index(max(falls)) + 1
         above, below = ranked[:count], ranked[count:]
-        if not below or 3 * mean_of(above, skill) >= 2 * mean_of(below, skill):
+        if 3 * mean_of(above, skill) >= 2 * mean_of(below, skill):
             return above
         ranked = below
 

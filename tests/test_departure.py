@@ -87,21 +87,22 @@ def test_skill_is_recall_above_chance(data: st.DataObject) -> None:
 
 
 def above_the_gap(departures: Sequence[float], skills: Sequence[float], gap: float) -> list[bool]:
-    """Which teachers count, slowly."""
-    skilled = [t for t, skill in enumerate(skills) if skill * 3 >= max(skills)]
-    clusters: list[list[int]] = []
-    last = 0.0
-    for teacher in sorted(skilled, key=lambda t: -departures[t]):
-        if not clusters or departures[teacher] * gap < last:
-            clusters.append([])
-        clusters[-1].append(teacher)
-        last = departures[teacher]
-    for place, cluster in enumerate(clusters):
-        below = [skills[t] for each in clusters[place + 1 :] for t in each]
-        own = sum(skills[t] for t in cluster) / len(cluster)
-        if not below or own * 3 >= 2 * sum(below) / len(below):
-            return [t in cluster for t in range(len(skills))]
-    raise AssertionError
+    """Which teachers count, slowly: every division of the skilled ones is looked at."""
+    left = [t for t, skill in enumerate(skills) if skill * 3 >= max(skills)]
+    while True:
+        best, kept = gap, left
+        for bound in sorted({departures[t] for t in left}, reverse=True):
+            above = [t for t in left if departures[t] >= bound]
+            below = [t for t in left if departures[t] < bound]
+            if below:
+                fall = max(bound, 1e-3) / max(1e-3, *(departures[t] for t in below))
+                if fall > best:
+                    best, kept = fall, above
+        rest = [skills[t] for t in left if t not in kept]
+        own = sum(skills[t] for t in kept) / len(kept)
+        if not rest or own * 3 >= 2 * sum(rest) / len(rest):
+            return [t in kept for t in range(len(skills))]
+        left = [t for t in left if t not in kept]
 
 
 @given(st.data(), st.floats(1, 20))
@@ -126,9 +127,16 @@ def test_a_bad_teacher_alone_above_a_gap_is_left_out() -> None:
     """It departs most, by being wrong; four good ones stand below it, or one and a biased one."""
     assert grokd.departing([0.06, 0.05, 0.51, 0.07, 0.06], [0.9, 0.9, 0.5, 0.9, 0.9], 4.0) == [
         3, 0, 4, 1]
-    assert grokd.departing([0.001, 0.51, 0.06], [0.9, 0.4, 0.9], 4.0) == [2]
+    assert grokd.departing([0.06, 0.51, 0.05], [0.9, 0.4, 0.9], 4.0) == [0, 2]
     # Held-out images as biased as training: refitted teachers look a little less skilled.
     assert grokd.departing([0.06, 0.001, 0.001], [0.7, 0.9, 0.9], 4.0) == [0]
+
+
+def test_teachers_are_divided_at_the_greatest_gap() -> None:
+    """A good teacher may depart three times as much as another; plain ones do by ten times less."""
+    assert grokd.departing([0.056, 0.163, 0.002, 0.0017], [0.9] * 4, 2.5) == [1, 0]
+    assert grokd.departing([0.0088, 0.0142, 0.0031, 0.0015], [0.9] * 4, 2.5) == [1, 0]
+    assert grokd.departing([0.0023, 0.0, 0.0015], [0.6] * 3, 2.5) == [0, 2, 1]  # none of them
 
 
 def test_teachers_that_are_the_biased_model_count_alike() -> None:

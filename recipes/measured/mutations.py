@@ -101,13 +101,19 @@ FAULTS = [
     ),
     Fault(
         "departure keeps teachers below the gap",
-        "[distance[b] * departure_gap < distance[a]",
-        "[distance[b] * departure_gap < 0",
+        "if max(falls, default=0) <= departure_gap:",
+        "if True:",
         "tests/test_departure.py -k 'formula or left_out'",
     ),
     Fault(
+        "departure divides at the first gap, not the greatest",
+        "count = falls.index(max(falls)) + 1",
+        "count = [fall > departure_gap for fall in falls].index(True) + 1",
+        "tests/test_departure.py -k 'above_a_gap or gap_do_not_count'",
+    ),
+    Fault(
         "departure trusts a bad teacher that departs most",
-        "if not below or 3 * mean_of(above, skill) >= 2 * mean_of(below, skill):",
+        "if 3 * mean_of(above, skill) >= 2 * mean_of(below, skill):",
         "if True:",
         "tests/test_departure.py -k alone_above",
     ),
