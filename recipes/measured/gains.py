@@ -5,7 +5,6 @@
     python recipes/measured/gains.py summary
     python recipes/measured/gains.py twenty
     python recipes/measured/gains.py bad-teacher
-    python recipes/measured/gains.py selection --runs runs/ensembles/where_it_pays*/[0-9]*
     python recipes/measured/gains.py gaps --runs runs/ensembles/where_it_pays*/[0-9]*
 
 `summary` writes tables of WGA, of paired differences with 95 % intervals (Student's t), and of how
@@ -13,14 +12,15 @@ gains follow the headroom, and a figure of the gain over AVER against the headro
 ensemble (--of where_it_pays_colored_mnist: of that record); `twenty` writes the differences of its
 recipe. `bad-teacher` copies the
 teachers of those runs, puts a network of random weights, or one trained on labels of which a share
-was shuffled, in the place of the last one's, trains students from them, and writes a table.
-`selection` counts for which
-shares departure keeps exactly the refitted teachers (--recipe and --root say of which data), `gaps`
-for how many ensembles it does with other gaps.
+was shuffled, in the place of the last one's, trains students from them, and writes a table. `gaps`
+counts for how many mixtures of plain and refitted teachers departure keeps just the refitted ones,
+with several values of its setting, from what the reports of --runs say of their teachers (--of
+where_it_pays_colored_mnist: under that name).
 """
 
 import argparse
 import copy
+import itertools
 import json
 import shutil
 import sys
@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import save
 from scipy import stats
 
@@ -44,7 +43,6 @@ NAMES = {
     "departure": "departure", "ca-mkd": "CA-MKD", "ae-kd": "AE-KD",
 }
 NUM_TEACHERS = 5
-DEPARTURE_GAP = grokd.Distill().departure_gap
 
 
 def interval(differences: np.ndarray) -> str:
@@ -266,96 +264,64 @@ def bad_teacher(seeds: list[int]) -> None:
           ["WGA, five refitted teachers", "all good", *SPOILT], rows)
 
 
-def measured_teachers(store: grokd.Store, run: Path) -> tuple[list[float], list[float]]:
-    """Departure and skill of a run's teachers, plain and refitted in turn."""
-    device = torch.device("cpu")
-    paths = [run / "teachers" / str(i) / f"{head}.safetensors"
-             for i in range(NUM_TEACHERS) for head in ("erm", "dfr")]
-    models = [grokd.load_model(path, device, store)
-              for path in [*paths, run / "bias-model" / "model.safetensors"]]
-    runtime = grokd.Runtime.start("float32")
-    targets = grokd.Targets(models, len(paths), store, {"of": str(run)}, runtime, 0)
-    found = targets.measure(DEPARTURE_GAP)
-    return found.distance.tolist(), found.skill.tolist()
+Teachers = list[list[dict[str, Any] | None]]  # of each its plain and its refitted form, if known
 
 
-def outcome(distance: list[float], skill: list[float], refitted: int, gap: float) -> int:
-    """Whether departure keeps exactly the first, refitted teachers, of none all (0), fewer (1), or
-    biased ones too (2)."""
-    picked = [2 * i + (i < refitted) for i in range(NUM_TEACHERS)]
-    kept = grokd.departing([distance[i] for i in picked], [skill[i] for i in picked], gap)
-    right = {*range(refitted or NUM_TEACHERS)}
-    return 0 if {*kept} == right else 1 + bool({*kept} - right)
-
-
-def selection(recipe: str, root: str, runs: list[Path]) -> None:
-    about, teachers = grokd.origin(), teachers_of(recipe, root, runs)
-    rows = []
-    for refitted in range(NUM_TEACHERS + 1):
-        found = [outcome(*each, refitted, DEPARTURE_GAP) for each in teachers]
-        rows.append([str(refitted), *(str(found.count(kind)) for kind in range(3))])
-    write(f"where_it_pays_selection{suffix(recipe)}", about, [
-        "refitted teachers of five", "kept exactly (of none: all)", "fewer", "biased ones too"
-    ], rows)
-
-
-def gaps(recipe: str, runs: list[Path]) -> None:
-    """From what the runs' reports say of their teachers."""
-    about, rows = grokd.origin(), []
-    teachers = [recorded_teachers(json.loads((run / "results.json").read_text())) for run in runs]
-    for gap in (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0):
-        counts = []
-        for refitted in range(1, NUM_TEACHERS + 1):
-            found = [outcome(*each, refitted, gap) for each in teachers]
-            counts.append(f"{found.count(0)} ({found.count(2)})")
-        rows.append([f"{gap:g}", *counts])
-    columns = [f"{refitted} refitted" for refitted in range(1, NUM_TEACHERS + 1)]
-    title = f"departure_gap; of {len(runs)}, kept exactly (biased ones too)"
-    write(f"where_it_pays_gaps{suffix(recipe)}", about, [title, *columns], rows)
-
-
-def recorded_teachers(results: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """The same of a report; 0 for a teacher that none of its students has plain."""
+def teachers_of(run: Path) -> Teachers:
+    """What a run's report says of its teachers."""
+    results = json.loads((run / "results.json").read_text())
     found = {teacher["name"]: teacher for each in results["ensembles"]
              for teacher in each["teachers"]}
-    names = [f"teachers/{i}/{head}" for i in range(NUM_TEACHERS) for head in ("erm", "dfr")]
-    teachers = [found.get(name, {"departure": 0.0, "skill": 0.0}) for name in names]
-    return [each["departure"] for each in teachers], [each["skill"] for each in teachers]
+    return [[found.get(f"teachers/{i}/{head}") for head in ("erm", "dfr")]
+            for i in range(NUM_TEACHERS)]
 
 
-def teachers_of(
-    recipe: str, root: str, runs: list[Path]
-) -> list[tuple[list[float], list[float]]]:
-    store = grokd.open_store(grokd.load_recipe(recipe).data, root)
-    return [measured_teachers(store, run) for run in runs]
+def outcomes(teachers: Teachers, gap: float) -> list[tuple[int, str]]:
+    """Of every mixture how many are refitted, and whether departure keeps exactly those (of none
+    all)."""
+    found = []
+    for mixture in itertools.product((0, 1), repeat=NUM_TEACHERS):
+        picked = [forms[refitted] for forms, refitted in zip(teachers, mixture, strict=True)]
+        known = [each for each in picked if each]
+        if len(known) < NUM_TEACHERS:
+            continue
+        kept = {*grokd.departing(
+            [each["departure"] for each in known], [each["skill"] for each in known], gap)}
+        right = {i for i, refitted in enumerate(mixture) if refitted or not any(mixture)}
+        outcome = "exact" if kept == right else "biased" if kept - right else "fewer"
+        found.append((sum(mixture), outcome))
+    return found
 
 
-def suffix(recipe: str) -> str:
-    """Of a record's name: the recipe's variant."""
-    variant = recipe.partition(":")[2]
-    return variant and f"_{variant}"
+def gaps(of: str, runs: list[Path]) -> None:
+    about, rows = grokd.origin(), []
+    for gap in (1.5, 2.0, 2.5, 3.0, 4.0, 6.0):
+        found = [each for run in runs for each in outcomes(teachers_of(run), gap)]
+        cells = []
+        for refitted in range(NUM_TEACHERS + 1):
+            these = [outcome for count, outcome in found if count == refitted]
+            cell = f"{these.count('exact')} of {len(these)}"
+            cells.append(f"{cell} ({these.count('biased')})" if "biased" in these else cell)
+        rows.append([f"{gap:g}", *cells])
+    columns = [f"{refitted} refitted" for refitted in range(NUM_TEACHERS + 1)]
+    write(f"{of}_gaps", about, ["departure_gap", *columns], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=(
-        "summary", "twenty", "bad-teacher", "selection", "gaps"))
+    parser.add_argument("what", choices=("summary", "twenty", "bad-teacher", "gaps"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 210, 220, 230, 240])
-    parser.add_argument("--recipe", default="where_it_pays")
-    parser.add_argument("--of", default="where_it_pays", help="summary: the record")
-    parser.add_argument("--root", default=".")
+    parser.add_argument("--of", default="where_it_pays", help="the record's name")
     parser.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs")
     args = parser.parse_args()
-    if args.what in ("selection", "gaps") and not args.runs:
-        parser.error(f"{args.what} needs --runs")
+    if args.what == "gaps" and not args.runs:
+        parser.error("gaps needs --runs")
     if args.what == "summary":
         summary(args.of)
     elif args.what == "twenty":
         twenty()
-    elif args.what == "selection":
-        selection(args.recipe, args.root, args.runs)
     elif args.what == "gaps":
-        gaps(args.recipe, args.runs)
+        gaps(args.of, args.runs)
     else:
         bad_teacher(args.seeds)
 
