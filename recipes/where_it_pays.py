@@ -29,8 +29,11 @@ twenty ensembles that were fixed beforehand, since five do not tell the latter t
         --save recipes/measured/where_it_pays_twenty.json
     python recipes/measured/gains.py twenty
 
-`where_it_pays:colored_mnist` is the same on coloured MNIST, 98 % aligned, with three shares; it
-wants --root.
+`where_it_pays:colored_mnist` is the same on coloured MNIST, 98 % aligned, with three shares:
+
+    python recipes/measured/ensembles.py where_it_pays:colored_mnist --seeds 30 40 50 \\
+        --root FOLDER --save recipes/measured/where_it_pays_colored_mnist.json
+    python recipes/measured/gains.py summary --of where_it_pays_colored_mnist
 """
 
 from dataclasses import replace
