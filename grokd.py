@@ -78,6 +78,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -1209,13 +1210,10 @@ def departing(distance: list[float], skill: list[float], departure_gap: float) -
             return ranked
         count = falls.index(max(falls)) + 1
         above, below = ranked[:count], ranked[count:]
-        if 3 * mean_of(above, skill) >= 2 * mean_of(below, skill):
+        own, others = (statistics.fmean(skill[t] for t in part) for part in (above, below))
+        if 3 * own >= 2 * others:
             return above
         ranked = below
-
-
-def mean_of(places: Sequence[int], values: Sequence[float]) -> float:
-    return sum(values[place] for place in places) / len(places)
 
 
 def as_biased(found: Departures, departure_gap: float) -> Tensor:
@@ -2708,12 +2706,18 @@ class Runtime:
 
 
 def read_rows(data: Data, root: str) -> list[Row]:
-    """Rows of the data set, from the recipe's reader or the metadata table.
+    """Rows of the data set, see `read_data`."""
+    return read_data(data, root)[1]
+
+
+def read_data(data: Data, root: str) -> tuple[Data, list[Row]]:
+    """Rows of the data set, from the recipe's reader or the metadata table; before them `data`,
+    named by the table's words where the recipe gives no names.
 
     Raises Problem for a missing table, column or image, and for an unknown split code.
     """
     if data.reader is not None:
-        return rows_of_reader(data.reader, Path(root))
+        return data, rows_of_reader(data.reader, Path(root))
     path = Path(root) / data.metadata
     records = read_table(path, data)
     files = [path.parent / record[data.image_column] for record in records]
@@ -2727,7 +2731,8 @@ def read_rows(data: Data, root: str) -> list[Row]:
     if data.attribute_column:
         attributes = column_codes(path, data.attribute_column, records, data.attribute_names)
     splits = [SPLITS[data.split_codes.index(record[data.split_column])] for record in records]
-    return [Row(*values) for values in zip(files, labels, attributes, splits, strict=True)]
+    rows = [Row(*values) for values in zip(files, labels, attributes, splits, strict=True)]
+    return with_names(data, records), rows
 
 
 def rows_of_reader(reader: Callable[[Path], Iterable[Row]], root: Path) -> list[Row]:
@@ -2796,11 +2801,8 @@ def read_table(path: Path, data: Data) -> list[dict[str, str]]:
     return records
 
 
-def with_names(data: Data, root: str) -> Data:
+def with_names(data: Data, records: Sequence[Mapping[str, str]]) -> Data:
     """The same data, named by the words of the table where the recipe gives no names."""
-    if data.reader is not None:
-        return data
-    records = read_table(Path(root) / data.metadata, data)
     classes, attributes = data.class_names, data.attribute_names
     classes = classes or tuple(column_words(data.label_column, records))
     if data.attribute_column:
@@ -3173,7 +3175,7 @@ def loss_clusters(losses: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarr
 
 def open_store(data: Data, root: str) -> Store:
     """Build the store of a data set, or find the one built before; check the groups."""
-    data, rows = with_names(data, root), checked_rows(data, root)
+    data, rows = checked_data(data, root)
     encoded = is_encoded(rows, data)
     folder = store_folder(rows, data)
     with locked(folder.with_suffix(".lock"), wait=True) as alone:
@@ -3189,8 +3191,13 @@ def open_store(data: Data, root: str) -> Store:
 
 
 def checked_rows(data: Data, root: str) -> list[Row]:
-    """Rows of the data set; raises Problem for values that mean nothing."""
-    rows = read_rows(data, root)
+    """Rows of the data set, see `checked_data`."""
+    return checked_data(data, root)[1]
+
+
+def checked_data(data: Data, root: str) -> tuple[Data, list[Row]]:
+    """What `read_data` finds; raises Problem for values that mean nothing."""
+    data, rows = read_data(data, root)
     source = "The recipe's reader" if data.reader else str(Path(root) / data.metadata)
     if not rows:
         raise Problem(f"{source} gives no images.")
@@ -3203,7 +3210,7 @@ def checked_rows(data: Data, root: str) -> list[Row]:
                 f"{source} gives class {row.label} and attribute {row.attribute}, and only "
                 f"{len(rows)} images: number both from 0, or name them."
             )
-    return rows
+    return data, rows
 
 
 def is_row(row: Any) -> bool:
@@ -9865,7 +9872,7 @@ def folder_bytes(folder: Path) -> int:
 
 def counted_store(data: Data, root: str) -> Store:
     """The store if it was built before, else what the rows tell of it."""
-    data, rows = with_names(data, root), checked_rows(data, root)
+    data, rows = checked_data(data, root)
     return stored_rows(rows, data, store_folder(rows, data))
 
 

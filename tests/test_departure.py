@@ -1,6 +1,7 @@
 """Departure, several biased models, headroom, and which student to ship."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -99,8 +100,8 @@ def above_the_gap(departures: Sequence[float], skills: Sequence[float], gap: flo
                 if fall > best:
                     best, kept = fall, above
         rest = [skills[t] for t in left if t not in kept]
-        own = sum(skills[t] for t in kept) / len(kept)
-        if not rest or own * 3 >= 2 * sum(rest) / len(rest):
+        own = math.fsum(skills[t] for t in kept) / len(kept)
+        if not rest or own * 3 >= 2 * math.fsum(rest) / len(rest):
             return [t in kept for t in range(len(skills))]
         left = [t for t in left if t not in kept]
 

@@ -113,7 +113,7 @@ FAULTS = [
     ),
     Fault(
         "departure trusts a bad teacher that departs most",
-        "if 3 * mean_of(above, skill) >= 2 * mean_of(below, skill):",
+        "if 3 * own >= 2 * others:",
         "if True:",
         "tests/test_departure.py -k alone_above",
     ),
