@@ -3,19 +3,19 @@
     python recipes/measured/ensembles.py where_it_pays --seeds 200 210 220 230 240 \\
         --save recipes/measured/where_it_pays.json
     python recipes/measured/gains.py summary
-    python recipes/measured/gains.py twenty
+    python recipes/measured/gains.py differences --of where_it_pays_twenty
     python recipes/measured/gains.py bad-teacher
     python recipes/measured/gains.py gaps --runs runs/ensembles/where_it_pays*/[0-9]*
 
 `summary` writes tables of WGA, of paired differences with 95 % intervals (Student's t), and of how
 gains follow the headroom, and a figure of the gain over AVER against the headroom, one point an
-ensemble (--of where_it_pays_colored_mnist: of that record); `twenty` writes the differences of its
-recipe. `bad-teacher` copies the
-teachers of those runs, puts a network of random weights, or one trained on labels of which a share
-was shuffled, in the place of the last one's, trains students from them, and writes a table. `gaps`
-counts for how many mixtures of plain and refitted teachers departure keeps just the refitted ones,
-with several values of its setting, from what the reports of --runs say of their teachers (--of
-where_it_pays_colored_mnist: under that name).
+ensemble (--of where_it_pays_colored_mnist: of that record); `differences` writes those of a record
+that has AVER, AGRE and departure alone. `bad-teacher` copies the teachers of those runs, puts a
+network of random weights, or one trained on labels of which a share was shuffled, in the place of
+the last one's, trains students from them, and writes a table. `gaps` counts for how many mixtures
+of plain and refitted teachers departure keeps just the refitted ones, with several values of its
+setting, from what the reports of --runs say of their teachers (--of where_it_pays_colored_mnist:
+under that name).
 """
 
 import argparse
@@ -194,10 +194,10 @@ def summary(of: str) -> None:
     (HERE / f"{of}_gain.png").write_bytes(draw_gain(results))
 
 
-def twenty() -> None:
-    results = json.loads((HERE / "where_it_pays_twenty.json").read_text())
-    name = "where_it_pays_twenty_differences"
-    write(name, results["about"], *table_of_differences(results, PAIRS[:3], (0.2, 0.4, 1.0)))
+def differences(of: str) -> None:
+    results = json.loads((HERE / f"{of}.json").read_text())
+    differing = table_of_differences(results, PAIRS[:3], shares_of(results))
+    write(f"{of}_differences", results["about"], *differing)
 
 
 # Share of the training labels that a bad teacher has learnt shuffled; None: it has learnt nothing.
@@ -234,6 +234,9 @@ def bad_teacher(seeds: list[int]) -> None:
     for kind, share in SPOILT.items():
         for seed in seeds:
             source = Path("runs/ensembles/where_it_pays") / str(seed)
+            of_seed = ["--teachers.seed", str(seed), "--bias-model.seed", f"1{seed:03d}"]
+            for stage in ("teachers", "bias-model"):  # nothing where that recipe's run has ended
+                grokd.command_line([stage, "where_it_pays", *of_seed, "--out", str(source)])
             out = Path("runs/ensembles/where_it_pays-bad") / kind.replace(" ", "-") / str(seed)
             if not (out / "results.json").is_file():
                 shutil.rmtree(out, ignore_errors=True)
@@ -241,8 +244,8 @@ def bad_teacher(seeds: list[int]) -> None:
                     shutil.copytree(source / part, out / part)
                 spoil(out, share, seed)
             grokd.command_line([
-                "run", "where_it_pays:bad-teacher", "--teachers.seed", str(seed),
-                "--bias-model.seed", f"1{seed:03d}", "--seeds", str(seed), "--out", str(out)])
+                "run", "where_it_pays:bad-teacher", *of_seed, "--seeds", str(seed),
+                "--out", str(out)])
             results = json.loads((out / "results.json").read_text())
             for name, values in wga_of(results).items():
                 columns.setdefault(name, {}).setdefault(kind, []).extend(values.tolist())
@@ -309,7 +312,7 @@ def gaps(of: str, runs: list[Path]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("summary", "twenty", "bad-teacher", "gaps"))
+    parser.add_argument("what", choices=("summary", "differences", "bad-teacher", "gaps"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 210, 220, 230, 240])
     parser.add_argument("--of", default="where_it_pays", help="the record's name")
     parser.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs")
@@ -318,8 +321,8 @@ def main() -> None:
         parser.error("gaps needs --runs")
     if args.what == "summary":
         summary(args.of)
-    elif args.what == "twenty":
-        twenty()
+    elif args.what == "differences":
+        differences(args.of)
     elif args.what == "gaps":
         gaps(args.of, args.runs)
     else:
