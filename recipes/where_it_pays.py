@@ -24,12 +24,12 @@ part, with other seeds than the table's:
 
 `where_it_pays:twenty` is AVER, AGRE and departure alone with one, two and all of five refitted, on
 twenty ensembles that were fixed beforehand, since five do not tell the latter two apart; and on
-twenty more, fixed after departure's rule was settled with the former ones:
+more, fixed after departure's rule was settled with the former ones:
 
     python recipes/measured/ensembles.py where_it_pays:twenty --seeds $(seq 300 10 490) \\
         --save recipes/measured/where_it_pays_twenty.json
     python recipes/measured/gains.py differences --of where_it_pays_twenty
-    python recipes/measured/ensembles.py where_it_pays:twenty --seeds $(seq 500 10 690) \\
+    python recipes/measured/ensembles.py where_it_pays:twenty --seeds $(seq 500 10 590) \\
         --save recipes/measured/where_it_pays_fresh.json
     python recipes/measured/gains.py differences --of where_it_pays_fresh
 
@@ -42,7 +42,7 @@ twenty more, fixed after departure's rule was settled with the former ones:
 `where_it_pays:colored_mnist_fresh` is AVER, AGRE and departure alone there, with two of five
 refitted, on ensembles fixed after departure's rule was settled:
 
-    python recipes/measured/ensembles.py where_it_pays:colored_mnist_fresh --seeds 60 70 80 \\
+    python recipes/measured/ensembles.py where_it_pays:colored_mnist_fresh --seeds 60 70 \\
         --root FOLDER --save recipes/measured/where_it_pays_colored_mnist_fresh.json
     python recipes/measured/gains.py differences --of where_it_pays_colored_mnist_fresh
 """

@@ -234,9 +234,10 @@ def bad_teacher(seeds: list[int]) -> None:
     for kind, share in SPOILT.items():
         for seed in seeds:
             source = Path("runs/ensembles/where_it_pays") / str(seed)
-            of_seed = ["--teachers.seed", str(seed), "--bias-model.seed", f"1{seed:03d}"]
-            for stage in ("teachers", "bias-model"):  # nothing where that recipe's run has ended
-                grokd.command_line([stage, "where_it_pays", *of_seed, "--out", str(source)])
+            teachers = ["--teachers.seed", str(seed)]
+            biased = ["--bias-model.seed", f"1{seed:03d}"]
+            for stage, flags in (("teachers", teachers), ("bias-model", biased)):
+                grokd.command_line([stage, "where_it_pays", *flags, "--out", str(source)])
             out = Path("runs/ensembles/where_it_pays-bad") / kind.replace(" ", "-") / str(seed)
             if not (out / "results.json").is_file():
                 shutil.rmtree(out, ignore_errors=True)
@@ -244,7 +245,7 @@ def bad_teacher(seeds: list[int]) -> None:
                     shutil.copytree(source / part, out / part)
                 spoil(out, share, seed)
             grokd.command_line([
-                "run", "where_it_pays:bad-teacher", *of_seed, "--seeds", str(seed),
+                "run", "where_it_pays:bad-teacher", *teachers, *biased, "--seeds", str(seed),
                 "--out", str(out)])
             results = json.loads((out / "results.json").read_text())
             for name, values in wga_of(results).items():
