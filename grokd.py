@@ -523,9 +523,8 @@ class Distill:
     # Weight of feature distillation, for each of `layers`; 0 costs nothing. Try .25 to 1 on pooled,
     # less on layers; around 1000 for attention, .8 for contrastive.
     gamma: Annotated[tuple[NotNegative, ...], TAUGHT, KD, Mark.CURVE] = (0.0,)
-    # agre: a sample's mean weight multiplies the loss of its label too (a descendant of AGRE-KD's
-    # code); matters with alpha below 1.
-    weigh_labels: Annotated[bool, When(weighting="agre")] = False
+    # agre: a sample's mean weight multiplies its label's loss too (a descendant of AGRE-KD's code).
+    weigh_labels: Annotated[bool, When(weighting="agre"), When(alpha=Not(1.0))] = False
     # Layers compared: layer1 ... layer4 (last output at stride 4, 8, 16, 32; small networks' own
     # stages), pooled, or paths of modules; STUDENT=TEACHER where the two differ.
     layers: Annotated[tuple[str, ...], WITH_FEATURES] = ("pooled",)
@@ -2080,13 +2079,12 @@ def group_scores(
     if not shares.sum():
         shares = np.ones_like(shares)
     adjusted = float((accuracy * shares).sum() / shares.sum())
-    by_group = [float(value) if n else None for value, n in zip(everywhere, sizes, strict=True)]
     return {
         "wga": float(accuracy.min()),
         "mean": float(100 * np.mean(correct)),
         "group_mean": float(accuracy.mean()),
         "adjusted_mean": adjusted if train_counts.any() else None,
-        "groups": by_group,
+        "groups": [float(x) if n else None for x, n in zip(everywhere, sizes, strict=True)],
     }
 
 

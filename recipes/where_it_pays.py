@@ -24,7 +24,7 @@ part, with other seeds than the table's:
 
 `where_it_pays:twenty` is AVER, AGRE and departure alone with one, two and all of five refitted, on
 twenty ensembles that were fixed beforehand, since five do not tell the latter two apart; and on
-more, fixed after departure's rule was settled with the former ones:
+ten more, fixed after departure's rule was settled with the former ones:
 
     python recipes/measured/ensembles.py where_it_pays:twenty --seeds $(seq 300 10 490) \\
         --save recipes/measured/where_it_pays_twenty.json

@@ -295,6 +295,18 @@ def test_labels_are_weighed_by_the_mean_weight_of_a_sample(shrink: float) -> Non
         assert float(value[i]) == pytest.approx(0.75 * labelled + 0.25 * distilled, rel=1e-5)
 
 
+def test_weighing_labels_without_a_share_of_labels_is_warned_about(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = grokd.load_recipe("digits")
+    flags = ["--student", "agre", "--weigh-labels"]
+    grokd.apply_flags("distill", recipe, "digits", flags)
+    assert ("warning: weigh_labels has no effect on agre: it belongs to weighting agre and alpha "
+            "other than 1.0." in capsys.readouterr().out)
+    grokd.apply_flags("distill", recipe, "digits", [*flags, "--alpha", "0.9"])
+    assert "warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("num_attributes", [2, 1])
 def test_headroom_needs_group_labels(num_attributes: int) -> None:
     teachers = [{"name": f"teachers/{i}/dfr", "weight": weight} for i, weight in enumerate((1, 0))]

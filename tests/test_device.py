@@ -54,8 +54,20 @@ def runtime() -> Runtime:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     folder = write_images(tmp_path / "images", per_group=66)  # 264 training images: two blocks
-    data = Data(size=20, crop=16, attribute_column="place", store=str(folder / "store"))
-    return grokd.open_store(data, str(folder))
+    return opened(str(folder))
+
+
+def opened(folder: str) -> Store:
+    """The store of a folder of images; in programs that `python` runs, too."""
+    data = Data(size=20, crop=16, attribute_column="place", store=f"{folder}/store")
+    return grokd.open_store(data, folder)
+
+
+def end(runtime: Runtime, words: object = "PASSED") -> None:
+    """Leave such a program of several processes, each saying how it went."""
+    os.write(1, f"{words}\n".encode())
+    runtime.accelerator.wait_for_everyone()
+    os._exit(0)  # threads of a network that still stands may abort the end
 
 
 def network(seed: int, arch: str = "resnet8") -> Classifier:
@@ -247,8 +259,7 @@ def test_gram_of_shared_training_is_computed_in_full_precision(store: Store) -> 
         f"""
         from test_device import *
         runtime = Runtime.start("bfloat16").together()
-        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
-        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        store = opened({str(store.folder.parents[1])!r})
         settings = Distill(space="parameters", train=Train(batch_size=8))
         training, _ = student_of(store, runtime, settings, "cnn2")
         images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -256,9 +267,7 @@ def test_gram_of_shared_training_is_computed_in_full_precision(store: Store) -> 
         for ours, alone in zip(grokd.logit_gram(training.model, images), expected):
             torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-6)
         learn(training, 3)
-        os.write(1, b"PASSED\\n")
-        runtime.accelerator.wait_for_everyone()
-        os._exit(0)  # threads of a network that still stands may abort the end
+        end(runtime)
         """,
         launcher=TWO,
     )
@@ -318,8 +327,7 @@ def test_float16_scales_losses_skips_steps_and_says_when_none_is_left(store: Sto
         runtime = Runtime.start("float16")
         with runtime.autocast():
             assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float16
-        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
-        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        store = opened({str(store.folder.parents[1])!r})
         train = Train(batch_size=8, lr=0.1)
         training = plain_training(store, runtime, train, "resnet8")
         before = {{k: v.clone() for k, v in training.model.state_dict().items()}}
@@ -442,8 +450,7 @@ def test_loss_that_is_not_finite_on_one_process_stops_all(store: Store) -> None:
         f"""
         from test_device import *
         runtime = Runtime.start("float32").together()
-        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
-        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        store = opened({str(store.folder.parents[1])!r})
         training = plain_training(store, runtime, Train(batch_size=8))
         learn(training, 1)
         training.progress.step = 20
@@ -453,9 +460,7 @@ def test_loss_that_is_not_finite_on_one_process_stops_all(store: Store) -> None:
         try:
             training.check_loss()
         except Problem as problem:
-            os.write(1, f"{{problem}}\\n".encode())
-        runtime.accelerator.wait_for_everyone()
-        os._exit(0)  # threads of a network that still stands may abort the end
+            end(runtime, problem)
         """,
         launcher=TWO,
     )
@@ -468,8 +473,7 @@ def test_every_process_scores_the_batch_norm_that_is_saved(store: Store) -> None
         f"""
         from test_device import *
         runtime = Runtime.start("float32").together()
-        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
-        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        store = opened({str(store.folder.parents[1])!r})
         training = plain_training(store, runtime, Train(epochs=1, batch_size=9), "resnet8")
         scored = {{}}
 
@@ -485,9 +489,7 @@ def test_every_process_scores_the_batch_norm_that_is_saved(store: Store) -> None
         saved = grokd.load_checkpoint(grokd.newest_checkpoint(training.job.artefact.work))
         for name, value in saved["model"].items():
             assert torch.equal(scored[name], value), name
-        os.write(1, b"PASSED\\n")
-        runtime.accelerator.wait_for_everyone()
-        os._exit(0)  # threads of a network that still stands may abort the end
+        end(runtime)
         """,
         launcher=TWO,
     )
@@ -801,8 +803,7 @@ def test_shared_compiled_student_with_taps_and_micro_batches_equals_one_alone(
         from test_device import *
         torch.compile = functools.partial(torch.compile, backend="eager")
         together = Runtime.start("float32").together()
-        data = Data(size=20, crop=16, attribute_column="place", store={store.data.store!r})
-        store = grokd.open_store(data, {str(store.folder.parents[1])!r})
+        store = opened({str(store.folder.parents[1])!r})
         train = Train(batch_size=9, lr=0.1, micro_batch=2)
         settings = Distill(
             gamma=(1.0,), layers=("layer2=pooled",), feature_weights="agre", train=train
@@ -813,9 +814,7 @@ def test_shared_compiled_student_with_taps_and_micro_batches_equals_one_alone(
         shared, _ = student_of(store, together, compiled, "cnn2", "shared")
         for name, value in learn(shared, 3).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
-        os.write(1, b"PASSED\\n")
-        together.accelerator.wait_for_everyone()
-        os._exit(0)  # threads of a network that still stands may abort the end
+        end(together)
         """,
         launcher=TWO,
     )
