@@ -10736,7 +10736,18 @@ def parse(kind: Any, default: Any, args: Sequence[str], prog: str, description: 
         rule = next((i for i, line in enumerate(lines) if not line.strip("─")), len(lines))
         message = " ".join(lines[:rule]).rstrip(".")
         near = [line.split()[0].rstrip(",") for line in lines[rule:] if line.startswith("--")]
-        if near and "Perhaps you meant:" in lines:
+        if "Perhaps you meant:" not in lines:
+            near = []
+        # A stage's own command has its flags without its name: --alpha for --distill.alpha.
+        shorter = {
+            arg: f"--{arg.partition('.')[2]}"
+            for arg in args if arg.startswith("--") and "." in arg and arg in message
+        }
+        if shorter and not near:
+            with contextlib.suppress(Problem):
+                parse(kind, default, [shorter.get(a, a) for a in args], prog, description)
+                near = [flag.partition("=")[0] for flag in shorter.values()]
+        if near:
             message += f"; did you mean {' or '.join(dict.fromkeys(near))}?"
         raise Problem(f"{message} (see {prog} --help).") from None
 

@@ -234,10 +234,10 @@ def bad_teacher(seeds: list[int]) -> None:
     for kind, share in SPOILT.items():
         for seed in seeds:
             source = Path("runs/ensembles/where_it_pays") / str(seed)
-            teachers = ["--teachers.seed", str(seed)]
-            biased = ["--bias-model.seed", f"1{seed:03d}"]
-            for stage, flags in (("teachers", teachers), ("bias-model", biased)):
-                grokd.command_line([stage, "where_it_pays", *flags, "--out", str(source)])
+            first = {"teachers": str(seed), "bias-model": f"1{seed:03d}"}
+            for stage, value in first.items():
+                grokd.command_line(
+                    [stage, "where_it_pays", "--seed", value, "--out", str(source)])
             out = Path("runs/ensembles/where_it_pays-bad") / kind.replace(" ", "-") / str(seed)
             if not (out / "results.json").is_file():
                 shutil.rmtree(out, ignore_errors=True)
@@ -245,8 +245,8 @@ def bad_teacher(seeds: list[int]) -> None:
                     shutil.copytree(source / part, out / part)
                 spoil(out, share, seed)
             grokd.command_line([
-                "run", "where_it_pays:bad-teacher", *teachers, *biased, "--seeds", str(seed),
-                "--out", str(out)])
+                "run", "where_it_pays:bad-teacher", "--teachers.seed", first["teachers"],
+                "--bias-model.seed", first["bias-model"], "--seeds", str(seed), "--out", str(out)])
             results = json.loads((out / "results.json").read_text())
             for name, values in wga_of(results).items():
                 columns.setdefault(name, {}).setdefault(kind, []).extend(values.tolist())
