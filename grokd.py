@@ -9926,7 +9926,7 @@ def kind_of(section: Any, *more: Any) -> str:
     )
     changes: dict[str, Any] = {"train": train}
     if isinstance(section, Distill):
-        changes |= {"augmented": "", "start": "", "rebalance": "none", "weights": ""}
+        changes |= {"augmented": "", "start": "", "rebalance": "none", "weights": "", "alpha": 1.0}
     elif isinstance(section, Teachers):
         changes |= {"seed": 0, "weights": ()}
     values = settings_of(replace(section, **changes), head=False)
