@@ -23,6 +23,10 @@ other than the table's (`rivals:tries`; 27 trainings of students an ensemble):
         --save recipes/measured/rivals_tries.json
     python recipes/measured/ensembles.py rivals --seeds 0 10 20 30 40 \\
         --save recipes/measured/rivals.json
+    python recipes/measured/ensembles.py rivals:colored_mnist --seeds 30 60 70 --root FOLDER \\
+        --save recipes/measured/rivals_colored_mnist.json
+
+Coloured MNIST has the settings of the digits, rates as multiples of its own.
 """
 
 from dataclasses import replace
