@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, write_images
 from kills import Herd
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import grokd
@@ -322,6 +322,28 @@ def test_simkd_trains_trunk_and_projector_under_its_teachers_head(made: Made) ->
     path = made.folder / "runs/tiny/students/simkd/seed0/model.history.json"
     losses = [epoch["loss"] for epoch in json.loads(path.read_text())["epochs"]]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_simkd_of_teachers_that_began_alike_stands_under_their_mean_head(tmp_path: Path) -> None:
+    folder = write_images(tmp_path, per_group=5)
+    start = grokd.build_model("resnet8", "random", 2, grokd.Input(), 0)
+    save_file(start.plain_state(), folder / "start.safetensors")
+    with open(folder / "tiny.py", "a") as recipe:
+        recipe.write(STUDENTS + """
+given = replace(recipe.teachers, weights=("start.safetensors",))
+both = {"simkd": recipe.students["simkd"]}
+recipe = replace(recipe, teachers=given, students=both)
+""")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in ("teachers", "distill"):
+            grokd.command_line([stage, "tiny.py"])
+    after = weights_of(folder, "simkd")
+    teachers = [load_file(folder / f"runs/tiny/teachers/{i}/dfr.safetensors") for i in (0, 1)]
+    assert not torch.equal(teachers[0]["fc.weight"], teachers[1]["fc.weight"])
+    for key in ("fc.weight", "fc.bias"):
+        mean = (teachers[0][key].double() + teachers[1][key].double()) / 2
+        torch.testing.assert_close(after[key].double(), mean, rtol=1e-6, atol=1e-7)
 
 
 def test_simkd_student_loads_and_is_scored_like_any_other(made: Made) -> None:
