@@ -10735,9 +10735,8 @@ def parse(kind: Any, default: Any, args: Sequence[str], prog: str, description: 
         lines = [line for line in lines if line and not set(line) & set("╭╰")]
         rule = next((i for i, line in enumerate(lines) if not line.strip("─")), len(lines))
         message = " ".join(lines[:rule]).rstrip(".")
-        near = [line.split()[0].rstrip(",") for line in lines[rule:] if line.startswith("--")]
-        if "Perhaps you meant:" not in lines:
-            near = []
+        meant = lines[rule:] if "Perhaps you meant:" in lines else []
+        near = [line.split()[0].rstrip(",") for line in meant if line.startswith("--")]
         # A stage's own command has its flags without its name: --alpha for --distill.alpha.
         shorter = {
             arg: f"--{arg.partition('.')[2]}"

@@ -10,7 +10,7 @@
 `summary` writes tables of WGA, of paired differences with 95 % intervals (Student's t), and of how
 gains follow the headroom, and a figure of the gain over AVER against the headroom, one point an
 ensemble (--of where_it_pays_colored_mnist: of that record); `differences` writes those of a record
-that has AVER, AGRE and departure alone. `bad-teacher` copies the teachers of those runs, puts a
+that has AVER, AGRE and departure alone. `bad-teacher` makes the teachers of those runs, puts a
 network of random weights, or one trained on labels of which a share was shuffled, in the place of
 the last one's, trains students from them, and writes a table. `gaps` counts for how many mixtures
 of plain and refitted teachers departure keeps just the refitted ones, with several values of its
@@ -231,13 +231,13 @@ def bad_teacher(seeds: list[int]) -> None:
     columns: dict[str, dict[str, list[float]]] = {}
     weights: dict[str, list[float]] = {kind: [] for kind in SPOILT}
     skills: dict[str, list[float]] = {kind: [] for kind in SPOILT}
+    for seed in seeds:
+        source = Path("runs/ensembles/where_it_pays") / str(seed)
+        for stage, first in (("teachers", str(seed)), ("bias-model", f"1{seed:03d}")):
+            grokd.command_line([stage, "where_it_pays", "--seed", first, "--out", str(source)])
     for kind, share in SPOILT.items():
         for seed in seeds:
             source = Path("runs/ensembles/where_it_pays") / str(seed)
-            first = {"teachers": str(seed), "bias-model": f"1{seed:03d}"}
-            for stage, value in first.items():
-                grokd.command_line(
-                    [stage, "where_it_pays", "--seed", value, "--out", str(source)])
             out = Path("runs/ensembles/where_it_pays-bad") / kind.replace(" ", "-") / str(seed)
             if not (out / "results.json").is_file():
                 shutil.rmtree(out, ignore_errors=True)
@@ -245,8 +245,8 @@ def bad_teacher(seeds: list[int]) -> None:
                     shutil.copytree(source / part, out / part)
                 spoil(out, share, seed)
             grokd.command_line([
-                "run", "where_it_pays:bad-teacher", "--teachers.seed", first["teachers"],
-                "--bias-model.seed", first["bias-model"], "--seeds", str(seed), "--out", str(out)])
+                "run", "where_it_pays:bad-teacher", "--teachers.seed", str(seed),
+                "--bias-model.seed", f"1{seed:03d}", "--seeds", str(seed), "--out", str(out)])
             results = json.loads((out / "results.json").read_text())
             for name, values in wga_of(results).items():
                 columns.setdefault(name, {}).setdefault(kind, []).extend(values.tolist())
