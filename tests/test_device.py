@@ -6,6 +6,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -821,6 +822,54 @@ def test_shared_compiled_student_with_taps_and_micro_batches_equals_one_alone(
         launcher=TWO,
     )
     assert done.stdout.count("PASSED") == 2
+
+
+# float16 by float32's kernels, for measurements on CPUs
+
+
+class Seen(TorchDispatchMode):
+    """Notes operations that get float16 numbers: what was called, with what, and what came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float16 for x in args):
+            self.calls.append((func, args, result))
+        return result
+
+
+def test_float16_by_float32_kernels_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "recipes" / "measured")
+    half = importlib.import_module("half")
+    model, images = network(0), torch.rand(8, 3, 16, 16)
+
+    def compute() -> Seen:
+        with Seen() as seen, torch.autocast("cpu", torch.float16):
+            features = model.features(images)
+            torch.bmm(features[None], features.T[None]).float().sum().backward()
+            with torch.inference_mode():
+                model.features(images) @ torch.ones(64, 3)
+        return seen
+
+    calls = [call for call in compute().calls if call[0].overloadpacket in half.CONTRACTIONS]
+    assert {call[0].overloadpacket.__name__ for call in calls} >= {
+        "convolution", "convolution_backward", "conv2d", "bmm", "matmul"}
+    for func, args, expected in calls:
+        with torch.no_grad(), Seen() as kernels, half.FastHalf():
+            found = func(*args)
+        assert func not in {call[0] for call in kernels.calls}
+        pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
+        for one, other in pairs:
+            if other is not None:
+                scale = float(other.detach().abs().max())
+                torch.testing.assert_close(one, other, rtol=0.002, atol=0.002 * scale)
+
+    too_large = torch.full((1, 1, 2, 2), 200.0).half()
+    with half.FastHalf():
+        assert torch.conv2d(too_large, too_large).tolist() == [[[[math.inf]]]]  # 4 * 200^2
 
 
 # The check of a machine's GPUs

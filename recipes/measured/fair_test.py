@@ -1,21 +1,22 @@
 """Do generated images help, and are they what they should be? A fair test on the digits:
 
-    python grokd.py run digits_augment --seeds 200 --diffusion.seed 200
     python recipes/measured/fair_test.py digits_augment --seeds 200 201 202 203 204 \
         [--precision bfloat16] [--save FILE.json]
     python recipes/measured/fair_test.py digits_augment --between FILE.json OTHER.json \
         [--save DIFFERENCES.json]
 
 Every seed has teachers, a biased model, a starting student and images of its own; all use the
-generator of the first command, with the first seed. A classifier that never guided anything,
-trained on digits under both colours alike, confirms labels; the attribute is read from the
-background's pixels: flipped from the source's, and against the label. Differences in WGA are paired
-by seed, with 95 % intervals (Student's t); --between takes them between two records of the same
-seeds, of two precisions for example. Some nine minutes a seed on one core; runs/fair/ keeps
-what was made.
+generator of the first one. (digits_augment_absent uses that of `python grokd.py run
+digits_augment --seeds 200 --diffusion.seed 200`.) A classifier that never guided anything, trained
+on digits under both colours alike, confirms labels; the attribute is read from the background's
+pixels: flipped from the source's, and against the label. Differences in WGA are paired by seed,
+with 95 % intervals (Student's t); --between takes them between two records of the same seeds, of
+two precisions for example. On a CPU float16 is that of half.py. Some nine minutes a seed on one
+core; runs/fair/ keeps what was made.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from half import FastHalf
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_digits
@@ -119,20 +121,22 @@ def main() -> None:
         if args.save:
             args.save.write_text(json.dumps(record, indent=1) + "\n")
         return
+    in_half = args.precision == "float16" and not torch.cuda.is_available()
     about, recipe = grokd.origin(), grokd.load_recipe(args.recipe)
     module = sys.modules["digits"]
     store, judge = grokd.open_store(recipe.data, "."), referee(module)
     wga: dict[str, list[float]] = {}
     sets: dict[str, list[dict[str, float]]] = {}
-    for seed in args.seeds:
-        out = Path("runs/fair") / args.recipe / str(seed)
-        if any(not images.generator for images in recipe.augments.values()):
-            shutil.copytree("runs/digits_augment/generator", out / "generator", dirs_exist_ok=True)
-        grokd.command_line([
-            "run", args.recipe, "--teachers.seed", str(10 * seed), "--bias-model.seed",
-            str(100_000 + seed), "--diffusion.seed", str(args.seeds[0]), "--seeds", str(seed),
-            "--precision", args.precision,
-            "--eval.split", args.split, "--out", str(out)])
+    folders = [Path("runs/fair") / args.recipe / str(seed) for seed in args.seeds]
+    for seed, out in zip(args.seeds, folders, strict=True):
+        if out != folders[0] and any(not images.generator for images in recipe.augments.values()):
+            shutil.copytree(folders[0] / "generator", out / "generator", dirs_exist_ok=True)
+        with FastHalf() if in_half else contextlib.nullcontext():
+            grokd.command_line([
+                "run", args.recipe, "--teachers.seed", str(10 * seed), "--bias-model.seed",
+                str(100_000 + seed), "--diffusion.seed", str(args.seeds[0]), "--seeds", str(seed),
+                "--precision", args.precision,
+                "--eval.split", args.split, "--out", str(out)])
         for row in json.loads((out / "results.json").read_text())["rows"]:
             if row["name"] in recipe.students:
                 wga.setdefault(row["name"], []).append(row["members"][0]["wga"])
