@@ -59,6 +59,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gc
 import graphlib
 import hashlib
 import html
@@ -639,6 +640,8 @@ class Diffusion:
     class_conditional: bool = True  # Tell the generator the class.
     ema: Share = 0.999  # Decay of the moving average of weights, which is what is kept.
     seed: Natural = 0  # Of weights and noise.
+    # Images at once; lower it if memory runs out. 0: all.
+    micro_batch: Annotated[Natural, Mark.INERT] = 0
     # Save a checkpoint at least this often.
     checkpoint_minutes: Annotated[Positive, Mark.INERT] = 1.0
 
@@ -936,6 +939,7 @@ class Batch:
     runtime: Runtime
     # Logits [b, C] with gradient, of a generator its prediction; empty before the forward pass.
     output: Tensor = field(default_factory=lambda: torch.empty(0))
+    first: int = 0  # place of the first image in this process's share of the total batch
 
     def mean(self, part: Tensor) -> Tensor:
         """This process's sum over samples as the mean over the total batch."""
@@ -5036,6 +5040,7 @@ class Part(NamedTuple):
     """A micro-batch, read ahead."""
 
     places: np.ndarray  # [b], in the training set
+    first: int  # of these in the process's share of the batch
     learnt: bool  # if not, it only keeps the process in step with the others
     stored: Stored  # the images
     labels: Tensor  # int64 [b]
@@ -5118,8 +5123,9 @@ class Training:
         """This process's micro-batches: all that a step would else have to wait for."""
         store, device = self.job.store, self.runtime.device
         rank, world = self.runtime.rank, self.runtime.world
-        parts = []
+        parts: list[Part] = []
         for places, learnt in micro_batches(batch, rank, world, self.train.micro_batch):
+            first = sum(len(part.places) for part in parts) if learnt else 0
             indices = self.indices[places]
             if self.job.view:
                 stored = Stored(store.gather(indices, device))
@@ -5127,7 +5133,7 @@ class Training:
                 stored = store.read(indices, device, view, self.train.view_seed)
             labels = pinned(torch.from_numpy(store.labels[indices]), device)
             at = pinned(torch.from_numpy(places), device)
-            parts.append(Part(places, learnt, stored, labels, at))
+            parts.append(Part(places, first, learnt, stored, labels, at))
         return parts
 
     # One step
@@ -5168,7 +5174,7 @@ class Training:
             self.board.add_images("images", images[:16], 0)
         batch = Batch(
             job.settings, self.model, images, labels, places, total, progress.step, job.seed,
-            runtime,
+            runtime, first=part.first,
         )
         with runtime.autocast():
             output = job.forward(self.network, batch)
@@ -6280,7 +6286,7 @@ class Generator:
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(self.first)
 
-    def sample_bytes(self) -> dict[str, int]:
+    def sample_needs(self) -> dict[str, Need]:
         """What one sample's gradient needs in the UNet, and in the decoder. They come in turns."""
         config, empty = self.unet.config, functools.partial(torch.empty, device="meta")
         shape = (1, config.in_channels, config.sample_size, config.sample_size)
@@ -6291,11 +6297,11 @@ class Generator:
         elif config.num_class_embeds:
             more["class_labels"] = empty(1, dtype=torch.int64)
         passes = 2 if self.text is not None and self.settings.guidance_scale > 1 else 1
-        unet = gradient_bytes(self.unet, x, empty(1, dtype=torch.int64), **more)
-        parts = {"UNet": passes * unet}
+        unet = gradient_need(self.unet, x, empty(1, dtype=torch.int64), **more)
+        parts = {"UNet": unet._replace(bytes=passes * unet.bytes)}
         if self.vae is not None:
             z = empty(shape, dtype=self.vae.dtype, requires_grad=True)
-            parts["decoder"] = gradient_bytes(self.vae.decoder, z)
+            parts["decoder"] = gradient_need(self.vae.decoder, z)
         return parts
 
     def denoise(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -6427,23 +6433,32 @@ class FuseAttention(torch.overrides.TorchFunctionMode):
 BACKWARD = 0.1
 
 
-def gradient_bytes(network: nn.Module, x: Tensor, *more: Any, **named: Any) -> int:
-    """Memory that the gradient of network(x, ...) by x needs, an estimate from shapes alone: x and
-    the others are meta tensors, and nothing is computed."""
+class Need(NamedTuple):
+    """What a gradient asks of memory."""
+
+    bytes: int
+    elements: int  # of its largest tensor
+
+
+def gradient_need(network: nn.Module, x: Tensor, *more: Any, **named: Any) -> Need:
+    """What the gradient of network(x, ...) by x needs, an estimate from shapes alone: x and the
+    others are meta tensors, and nothing is computed."""
     state = itertools.chain(network.named_parameters(), network.named_buffers())
     shapes = {name: tensor.detach().to("meta") for name, tensor in state}
     kept: dict[int, torch.UntypedStorage] = {}
+    elements: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        kept[storage._cdata], elements[storage._cdata] = storage, tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FuseAttention():
         torch.func.functional_call(network, shapes, (x, *more), named)
     for tensor in shapes.values():
         kept.pop(tensor.untyped_storage()._cdata, None)
-    return round((1 + BACKWARD) * sum(storage.nbytes() for storage in kept.values()))
+    total = sum(storage.nbytes() for storage in kept.values())
+    return Need(round((1 + BACKWARD) * total), max(elements[which] for which in kept))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -6454,14 +6469,21 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def guidance_bytes(generator: Generator, judge: Judge) -> dict[str, int]:
+def guidance_needs(generator: Generator, judge: Judge) -> dict[str, Need]:
     """What the gradient of one image needs in each network. They come in turns."""
-    parts, networks = generator.sample_bytes(), 0
+    networks = []
     for model in (*judge.teachers, judge.student):
         side = model.input.input_size or judge.crop
         image = torch.empty((1, 3, side, side), dtype=model.head.weight.dtype, device="meta")
-        networks += gradient_bytes(model.trunk, image.requires_grad_())
-    return parts | {"teachers and student": (1 + judge.settings.cutouts) * networks}
+        networks.append(gradient_need(model.trunk, image.requires_grad_()))
+    together = (1 + judge.settings.cutouts) * sum(need.bytes for need in networks)
+    largest = max(need.elements for need in networks)
+    return generator.sample_needs() | {"teachers and student": Need(together, largest)}
+
+
+# Some of torch's kernels refuse larger tensors, of those that Stable Diffusion's decoder needs the
+# gradient of nearest upsampling: 32 images of 512 pixels have one.
+MOST_ELEMENTS = 2**31 - 1
 
 
 def fit_memory(generator: Generator, judge: Judge, before: int = 0) -> None:
@@ -6469,18 +6491,22 @@ def fit_memory(generator: Generator, judge: Judge, before: int = 0) -> None:
     without guidance less than the gradient that is reckoned with. If it fits, as many as `before`,
     in a run that was killed: last digits show it. Raises Problem if memory does not hold the
     gradient of one image."""
-    settings, parts = judge.settings, guidance_bytes(generator, judge)
-    need, free = max(parts.values()), free_bytes(generator.device)
-    listed = ", ".join(f"{name} {count / 2**30:.2f}" for name, count in parts.items())
+    if generator.device.type == "cuda":  # a training before may have left its network in cycles
+        gc.collect()
+        torch.cuda.empty_cache()
+    settings, parts = judge.settings, guidance_needs(generator, judge)
+    need, free = max(part.bytes for part in parts.values()), free_bytes(generator.device)
+    listed = ", ".join(f"{name} {part.bytes / 2**30:.2f}" for name, part in parts.items())
     if settings.guided and need > free:
         raise Problem(
             f"Guiding one image needs {need / 2**30:.2f} GiB of memory ({listed}), of which "
             f"{free / 2**30:.2f} are free: take a lower precision, smaller images, fewer cutouts, "
             "or smaller networks."
         )
-    fits = max(1, int(0.8 * free / need))  # the rest: latents, images, what the allocator loses
+    fits = int(0.8 * free / need)  # the rest: latents, images, what the allocator loses
+    most = MOST_ELEMENTS // max(part.elements for part in parts.values())
     chosen = settings.micro_batch or (before if 0 < before <= fits else fits)
-    size = min(chosen, settings.in_flight)
+    size = max(1, min(chosen, most, settings.in_flight))
     generator.micro_batch = judge.micro_batch = size
     what = "the gradient of an image" if settings.guided else "an image, at most"
     say(
@@ -6515,7 +6541,7 @@ def load_pipeline(source: str) -> Any:
                 f"Generator {source} is a {name}: it must be Stable Diffusion 1.x, 2.x or "
                 "SD-Turbo, or a DDPMPipeline of a UNet2DModel."
             )
-        extra = {}
+        extra: dict[str, Any] = {}
         if name == "StableDiffusionPipeline":
             if not importlib.util.find_spec("transformers"):
                 raise Problem(
@@ -6523,7 +6549,13 @@ def load_pipeline(source: str) -> Any:
                     "extra sd (uv sync --extra sd)."
                 )
             extra = {"safety_checker": None, "requires_safety_checker": False}
-        return getattr(diffusers, name).from_pretrained(source, **extra)
+        load = functools.partial(getattr(diffusers, name).from_pretrained, source, **extra)
+        try:
+            return load()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                return load(variant="fp16")  # the weights that many hold alone
+            raise
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise Problem(
@@ -6779,34 +6811,69 @@ def generate(
         under_way.save_if_late()
         while queue and len(flight) < settings.in_flight:
             flight.append(launch(queue.pop(), generator, store, seed))
-        keys = [sample.key for sample in flight]
-        labels = upload(np.array([sample.label for sample in flight]), generator.device)
-        z = torch.stack([sample.z for sample in flight])
-        with torch.set_grad_enabled(settings.guided and settings.iterations > 0):
-            z.requires_grad_(torch.is_grad_enabled())
-            images = generator.images(z, labels, keys)
-        generator.require_finite(images, "images")
-        assess(flight, images, labels, generator, judge)
-        done = [
-            bool(sample.best["accepted"]) or sample.iteration >= settings.iterations
-            for sample in flight
-        ]
-        figures: dict[str, Any] = {}
-        if not all(done):
-            iterations = [sample.iteration for sample in flight]
-            upward, figures = judge.gradient(images, labels, keys, iterations)
-            gradient = latent_gradient(images, z, upward)
-            generator.require_finite(gradient, "gradients")
-            for sample, of_sample, over in zip(flight, gradient, done, strict=True):
-                if not over:
-                    climb(sample, of_sample, settings)
-                    sample.iteration += 1
-        log({name: float(value.mean()) for name, value in figures.items()})
-        for sample, over in zip(flight, done, strict=True):
+        seen = observe_by_fewer(under_way, generator, judge)
+        for n, sample in enumerate(flight):
+            keep_best(sample, seen.raw[n], seen.verdicts[n])
+            if not seen.done[n]:
+                climb(sample, seen.gradient[n], settings)
+                sample.iteration += 1
+        log({name: float(value.mean()) for name, value in seen.figures.items()})
+        for sample, over in zip(flight, seen.done, strict=True):
             if over:
                 counts = {"seed": seed, "steps": sample.iteration, "judged": sample.judged}
                 yield sample.best | counts
-        flight[:] = [sample for sample, over in zip(flight, done, strict=True) if not over]
+        flight[:] = [sample for sample, over in zip(flight, seen.done, strict=True) if not over]
+
+
+class Observation(NamedTuple):
+    """What networks make of b samples."""
+
+    raw: np.ndarray  # their images, uint8 [b, 3, S, S]
+    verdicts: list[list[float]]  # of each: does it pass, t_y, f_y, J, denoising loss or nan
+    done: list[bool]  # [b]
+    gradient: Tensor  # dJ/dz [b, ...]; empty if all are done
+    figures: dict[str, Tensor]  # [b] each
+
+
+def observe(samples: Sequence[Sample], generator: Generator, judge: Judge) -> Observation:
+    """Images of the samples, what they pass, and where to go on. It changes no sample."""
+    settings, keys = judge.settings, [sample.key for sample in samples]
+    labels = upload(np.array([sample.label for sample in samples]), generator.device)
+    z = torch.stack([sample.z for sample in samples])
+    with torch.set_grad_enabled(settings.guided and settings.iterations > 0):
+        z.requires_grad_(torch.is_grad_enabled())
+        images = generator.images(z, labels, keys)
+    generator.require_finite(images, "images")
+    raw = (images.detach() * 255).round().to(torch.uint8).cpu().numpy()
+    verdicts = assess(raw, labels, generator, judge)
+    iterations = [sample.iteration for sample in samples]
+    done = [
+        bool(passed) or iteration >= settings.iterations
+        for (passed, *_), iteration in zip(verdicts, iterations, strict=True)
+    ]
+    if all(done):
+        return Observation(raw, verdicts, done, torch.empty(0), {})
+    upward, figures = judge.gradient(images, labels, keys, iterations)
+    gradient = latent_gradient(images, z, upward)
+    generator.require_finite(gradient, "gradients")
+    return Observation(raw, verdicts, done, gradient, figures)
+
+
+def observe_by_fewer(flight: Flight, generator: Generator, judge: Judge) -> Observation:
+    """`observe`; what does not fit a GPU's memory once more, by half as many samples at a time,
+    and so from then on."""
+    count = len(flight.samples)
+    while True:
+        try:
+            return observe(flight.samples, generator, judge)
+        except torch.OutOfMemoryError:
+            size = min(generator.micro_batch or count, count)
+            if size == 1:
+                raise
+        # Here, where the error no longer holds the tensors that there was no room for.
+        generator.micro_batch = judge.micro_batch = flight.micro_batch = size // 2
+        say(f"memory: full with {size} samples at a time, so {size // 2} from now on")
+        torch.cuda.empty_cache()
 
 
 def latent_gradient(images: Tensor, z: Tensor, upward: Tensor) -> Tensor:
@@ -6830,11 +6897,10 @@ def launch(source: int, generator: Generator, store: Store, seed: int) -> Sample
 
 
 def assess(
-    flight: Sequence[Sample], images: Tensor, labels: Tensor, generator: Generator, judge: Judge
-) -> None:
-    """Judge the samples' images, as 8 bits hold them, and note each one's best so far."""
+    raw: np.ndarray, labels: Tensor, generator: Generator, judge: Judge
+) -> list[list[float]]:
+    """The verdicts of an `Observation` on images as 8 bits hold them, uint8 [b, 3, S, S]."""
     settings = judge.settings
-    raw = (images.detach() * 255).round().to(torch.uint8).cpu().numpy()
     verdict = judge.scores(raw, labels)
     passes = verdict.right
     passes &= (verdict.teacher >= settings.min_teacher) & (verdict.student <= settings.max_student)
@@ -6846,28 +6912,30 @@ def assess(
         if settings.guided:
             passes &= ~(realism > judge.threshold)
     columns = (passes, verdict.teacher, verdict.student, verdict.score, realism)
-    rows = torch.stack([column.double() for column in columns], 1).tolist()
-    for n, (sample, (passed, teacher, student, score, real)) in enumerate(
-        zip(flight, rows, strict=True)
-    ):
-        if sample.iteration == 0:
-            sample.before = teacher, student
-        if not math.isnan(real):
-            sample.judged += 1
-        if passed or sample.iteration == 0 or score > sample.best["score"]:
-            sample.best = {
-                "score": score,
-                "accepted": bool(passed),
-                "source": sample.source,
-                "label": sample.label,
-                "iterations": sample.iteration,
-                "teacher_before": sample.before[0],
-                "student_before": sample.before[1],
-                "teacher": teacher,
-                "student": student,
-                "realism": real,
-                "image": raw[n].copy(),
-            }
+    return torch.stack([column.double() for column in columns], 1).tolist()
+
+
+def keep_best(sample: Sample, raw: np.ndarray, verdict: Sequence[float]) -> None:
+    """Note a sample's image and its verdict, if it is the best so far."""
+    passed, teacher, student, score, realism = verdict
+    if sample.iteration == 0:
+        sample.before = teacher, student
+    if not math.isnan(realism):
+        sample.judged += 1
+    if passed or sample.iteration == 0 or score > sample.best["score"]:
+        sample.best = {
+            "score": score,
+            "accepted": bool(passed),
+            "source": sample.source,
+            "label": sample.label,
+            "iterations": sample.iteration,
+            "teacher_before": sample.before[0],
+            "student_before": sample.before[1],
+            "teacher": teacher,
+            "student": student,
+            "realism": realism,
+            "image": raw.copy(),
+        }
 
 
 def pick_sources(settings: Augment, probabilities: Tensor, labels: np.ndarray) -> np.ndarray:
@@ -6953,13 +7021,14 @@ def diffusion_job(artefact: Artefact, ctx: Context, runtime: Runtime) -> Job:
     def noised(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Images in -1..1, noise and levels, functions of the step and the place in its batch."""
         x = batch.images.to(runtime.dtype) / 127.5 - 1
-        share = slice(runtime.rank % batch.total, None, runtime.world)
-        shape = (batch.total, *x.shape[1:])
-        noise = noise_like(shape, x.dtype, batch.seed, batch.step, Stream.DIFFUSION)[share]
-        places = np.arange(batch.total)[share]
+        noise = noise_like(
+            (batch.total, *x.shape[1:]), x.dtype, batch.seed, batch.step, Stream.DIFFUSION
+        )
+        places = np.arange(batch.total)[runtime.rank % batch.total :: runtime.world]
+        places = places[batch.first : batch.first + len(x)]
         level = hash_uniform(batch.seed, batch.step, Stream.LEVEL, places)
         t = (level * section.num_timesteps).astype(np.int64)
-        return x, runtime.upload(noise[: len(x)]), runtime.upload(t[: len(x)])
+        return x, runtime.upload(noise[places]), runtime.upload(t)
 
     kept: list[Tensor] = []  # what was noised, from the forward pass to the losses
 
@@ -6974,13 +7043,14 @@ def diffusion_job(artefact: Artefact, ctx: Context, runtime: Runtime) -> Job:
         return squares.flatten(1).mean(1), {}
 
     train = Train(
-        section.epochs, section.batch_size, lr=section.lr, schedule="cosine", optimizer="adamw",
-        weight_decay=0.01, checkpoint_minutes=section.checkpoint_minutes,
+        section.epochs, section.batch_size, section.micro_batch, section.lr, "cosine",
+        optimizer="adamw", weight_decay=0.01, checkpoint_minutes=section.checkpoint_minutes,
     )
     unet = diffusion_network(section, store).to(runtime.device, runtime.dtype)
+    on_gpu = runtime.device.type == "cuda"  # where an operation for each weight would be slow
     return Job(
         artefact, unet, section, train, store, section.seed, losses, view=view, forward=forward,
-        average=EMAModel(unet.parameters(), section.ema), clip=1.0,
+        average=EMAModel(unet.parameters(), section.ema, foreach=on_gpu), clip=1.0,
     )
 
 
@@ -10021,7 +10091,9 @@ def measure_set(
     sources = store.split("train")[: generator.micro_batch].tolist()
     folder, times = artefact.path.parent, list[float]()
     folder.mkdir(parents=True)
-    for iterations, chosen in ((1, sources[:1]), (0, sources), (2, sources)):  # the first warms up
+    # The first warms up, on a GPU with as many samples: its libraries choose kernels by shapes.
+    warming = sources if device.type == "cuda" else sources[:1]
+    for iterations, chosen in ((1, warming), (0, sources), (2, sources)):
         judge.settings = replace(settings, iterations=iterations, max_student=0.0)
         began = now(device)
         generate_files(folder, generator, judge, store, Flight(chosen), seed, 0)
@@ -10035,7 +10107,8 @@ def measure_set(
     # Untrained generators make noise, which PNG cannot compress; images of the data are alike.
     image = png_bytes(store.raw(np.array(sources[:32])))
     _, first, third = times
-    return SetPace(setup, first, (third - first) / 2, image + record / (1 + 2 * len(sources)))
+    record_bytes = record / (len(warming) + 2 * len(sources))
+    return SetPace(setup, first, (third - first) / 2, image + record_bytes)
 
 
 def png_bytes(raw: np.ndarray) -> float:
@@ -11186,9 +11259,9 @@ def in_one_line(work: Callable[[], None]) -> None:
         # What is full and what was asked for, without the allocator's figures and advice.
         told = ". ".join(str(error).splitlines()[0].split(". ")[:2])
         sys.exit(
-            f"error: {told}: set a smaller --micro-batch (in recipes: micro_batch), or --precision "
-            "bfloat16, or free memory there. Checkpoints are kept: the same command goes on from "
-            "where it was."
+            f"error: {told}: set a smaller --micro-batch (in recipes: micro_batch, also of "
+            "diffusion and of each set of images), or --precision bfloat16, or free memory there. "
+            "Checkpoints are kept: the same command goes on from where it was."
         )
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")

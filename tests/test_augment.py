@@ -641,7 +641,7 @@ def unet(folder: Path) -> dict[str, Tensor]:
 def test_generator_is_trained_by_the_one_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """TensorBoard, kill -9 and the same bits, a foreign checkpoint refused, two processes alike."""
+    """TensorBoard, kill -9 and the same bits, a foreign checkpoint refused; two processes alike, that learn image by image."""
     folder = write_images(tmp_path / "whole")
     text = (folder / "tiny.py").read_text() + SETS.replace(
         "num_timesteps=50", "num_timesteps=50, batch_size=4, checkpoint_minutes=1e-9")
@@ -678,7 +678,8 @@ def test_generator_is_trained_by_the_one_loop(
 
     shutil.rmtree(killed / "runs/sets/generator")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node", "2", "train.py", "--precision", "float64"]
+                "--nproc_per_node", "2", "train.py", "--precision", "float64",
+                "--diffusion.micro-batch", "1"]
     done = subprocess.run(launcher, cwd=killed, capture_output=True, text=True,
                           env=os.environ | {"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr

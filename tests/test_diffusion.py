@@ -505,7 +505,7 @@ def test_estimated_memory_is_the_peak_of_a_gradient(
         output = model(*positional, **named)
         torch.autograd.grad(getattr(output, "sample", output).sum(), positional[0])
     positional, named = inputs("meta")
-    estimate = grokd.gradient_bytes(model, *positional, **named)
+    estimate = grokd.gradient_need(model, *positional, **named).bytes
     assert estimate == pytest.approx(memory.peak, rel=0.15)
     assert not any(parameter.is_meta for parameter in model.parameters())
 
@@ -518,7 +518,9 @@ def test_decoder_of_stable_diffusion_needs_what_was_measured(
     with torch.device("meta"):
         decoder = decoder_of(128, 256, 512, 512).to(dtype).eval().requires_grad_(False)
     z = torch.empty((1, 4, 64, 64), dtype=dtype, device="meta", requires_grad=True)
-    assert grokd.gradient_bytes(decoder, z) / 2**30 == pytest.approx(gibibytes, rel=0.15)
+    need = grokd.gradient_need(decoder, z)
+    assert need.bytes / 2**30 == pytest.approx(gibibytes, rel=0.15)
+    assert need.elements == 256 * 512 * 512  # of the last upsampling; 32 images pass torch's bound
 
 
 def test_slices_are_those_that_memory_holds_and_said_before_anything_is_computed(
@@ -529,10 +531,10 @@ def test_slices_are_those_that_memory_holds_and_said_before_anything_is_computed
     generator, judges = make(stable_diffusion, settings, store, runtime), judge(store, settings)
     networks = [generator.unet, generator.vae.decoder, judges.student.trunk]
     passed = [batches_of(network) for network in networks]
-    parts = generator.sample_bytes()
+    parts = {name: part.bytes for name, part in generator.sample_needs().items()}
     assert parts.keys() == {"UNet", "decoder"} and min(parts.values()) > 1000
     image = torch.empty((1, 3, 12, 12), device="meta", dtype=torch.float64, requires_grad=True)
-    views = 2 * 3 * grokd.gradient_bytes(judges.student.trunk, image)  # cutout; three networks
+    views = 2 * 3 * grokd.gradient_need(judges.student.trunk, image).bytes  # cutout; three networks
     need = max(*parts.values(), views)
     for free, before, size in (
         (1e12, 0, 7), (5.1 * need, 0, 4), (need, 0, 1), (1e12, 3, 3), (5.1 * need, 6, 4)
@@ -551,10 +553,14 @@ def test_slices_are_those_that_memory_holds_and_said_before_anything_is_computed
     monkeypatch.setattr(grokd, "free_bytes", lambda device: 1e12)
     grokd.fit_memory(generator, judges)
     assert generator.micro_batch == 3
+    largest = max(part.elements for part in grokd.guidance_needs(generator, judges).values())
+    monkeypatch.setattr(grokd, "MOST_ELEMENTS", 3 * largest - 1)
+    grokd.fit_memory(generator, judges)
+    assert generator.micro_batch == judges.micro_batch == 2
     guided = replace(settings, guidance_scale=4.0)
-    twice = make(stable_diffusion, guided, store, runtime).sample_bytes()
-    assert twice["UNet"] == pytest.approx(2 * parts["UNet"], rel=0.01)
-    assert [len(seen) for seen in passed] == [1 + 8, 1 + 8, 1 + 8]  # meta tensors alone
+    twice = make(stable_diffusion, guided, store, runtime).sample_needs()
+    assert twice["UNet"].bytes == pytest.approx(2 * parts["UNet"], rel=0.01)
+    assert [len(seen) for seen in passed] == [1 + 10, 1 + 10, 1 + 10]  # meta tensors alone
     assert not any(p.is_meta for network in networks for p in network.parameters())
 
 
@@ -564,6 +570,61 @@ def test_all_samples_pass_at_once_where_memory_holds_them(
     generator, judges = make(pixels, SETTINGS, store, runtime), judge(store, SETTINGS)
     grokd.fit_memory(generator, judges)
     assert generator.micro_batch == judges.micro_batch == SETTINGS.in_flight
+
+
+@pytest.mark.parametrize("place", ["images", "gradient"])
+def test_a_full_gpu_is_tried_with_half_as_many_samples(
+    pixels: str, store: Store, runtime: Runtime, place: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Samples are what they would be with as many from the start; one too many is told."""
+    settings, sources = replace(SETTINGS, in_flight=4), [0, 1, 2, 3, 5]
+    expected = records(pixels, store, runtime, settings, sources)
+    generator, judges = make(pixels, settings, store, runtime), judge(store, settings)
+    limit, gradient_of, passed = [2], judges._gradient, list[int]()
+
+    def checked(count: int) -> None:
+        passed.append(count)
+        if count > limit[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def gradient(images: Tensor, *rest: Any) -> Any:
+        checked(len(images))
+        return gradient_of(images, *rest)
+
+    if place == "images":
+        generator.unet.register_forward_pre_hook(lambda module, args: checked(len(args[0])))
+    else:
+        monkeypatch.setattr(judges, "_gradient", gradient)
+    flight = grokd.Flight(sources)
+    found = {r["source"]: r for r in grokd.generate(generator, judges, store, flight, seed=3)}
+    assert capsys.readouterr().out.count("full with 4 samples at a time, so 2 from now on") == 1
+    assert passed.count(4) == 1 and max(passed[passed.index(4) + 1 :]) == 2
+    assert generator.micro_batch == judges.micro_batch == flight.micro_batch == 2
+    for source, record in expected.items():
+        assert (found[source].pop("image") == record.pop("image")).all()
+        assert found[source] == pytest.approx(record, nan_ok=True)
+    limit[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        next(grokd.generate(generator, judges, store, sources, seed=3))
+    assert passed[-1] == 1
+
+
+def test_a_folder_with_half_precision_alone_is_loaded(
+    released: dict[str, str], store: Store, runtime: Runtime, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    settings = replace(SETTINGS, scheduler="DDIMScheduler")
+    whole = StableDiffusionPipeline.from_pretrained(released["sd15"], safety_checker=None)
+    whole.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not [*(tmp_path / "half").rglob("diffusion_pytorch_model.safetensors")]
+    shown = [
+        make(folder, settings, store, runtime).denoise(
+            torch.ones(1, 4, 8, 8).double(), torch.tensor(1), torch.tensor([1]))
+        for folder in (released["sd15"], str(tmp_path / "half"))
+    ]
+    assert torch.equal(*shown)
 
 
 # Gradients by the schedulers

@@ -112,7 +112,7 @@ def speed(folder: str, runs: int) -> list[list[str]]:
         indices_here = indices[batch]
         labels_here = torch.from_numpy(store.labels[indices_here])
         stored = store.read(indices_here, runtime.device, 0)
-        return [grokd.Part(batch, True, stored, labels_here, torch.from_numpy(batch))]
+        return [grokd.Part(batch, 0, True, stored, labels_here, torch.from_numpy(batch))]
 
     ready = read(places)
 

@@ -408,7 +408,7 @@ def generate(place: Place, precision: str, guided: bool) -> tuple[Finding, np.nd
         raise Problem(f"iterations {[record['iterations'] for record in records]}")
     if images.shape != (count, 3, store.data.size, store.data.size) or images.std() == 0:
         raise Problem(f"images of shape {images.shape}, deviation {images.std()}")
-    estimate = count * max(grokd.guidance_bytes(made, judge).values()) / 2**30
+    estimate = count * max(grokd.guidance_needs(made, judge).values()).bytes / 2**30
     words = f"memory estimate {estimate:.2f} GiB"
     if gpu and guided:
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
