@@ -1005,8 +1005,11 @@ def agre(student: Tensor, ensemble: Ensemble, batch: Batch) -> Tensor:
     assert biased is not None
     if settings.space == "batch":
         parameters = [*trained_parameters(batch.model).values()]
+        if batch.in_vain:  # it asks for nothing, and gives its share of what others ask for
+            teachers, biased = student.detach().expand_as(teachers), student.detach()
         weights = batch_weights(
-            student, teachers, biased, parameters, settings.tau, settings.normalise, batch.mean
+            student, teachers, biased, parameters, settings.tau, settings.normalise,
+            lambda part: batch.runtime.sum(part) / batch.total, batch.runtime.largest,
         )
         return weights[:, None].expand(teachers.shape[:2])
     gram = None
@@ -1101,17 +1104,21 @@ def logit_gram(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 def batch_weights(
     student: Tensor, teachers: Tensor, biased: Tensor, parameters: Sequence[Tensor], tau: float,
     normalise: bool, mean: Callable[[Tensor], Tensor],
+    largest: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
     """One AGRE weight per teacher and batch [M], from gradients of the batch mean.
 
     What the course project did, floor .01 included: W = max(.01, 1 - cos), over all `parameters`.
-    The student's logits must carry the graph; `mean` makes a process's sum the batch's mean.
+    The student's logits must carry the graph; `mean` makes a process's sum the batch's mean,
+    `largest` takes the greatest over processes.
     """
-    gradients = []
-    for target in [*teachers, biased]:
-        direction = (tau * logit_gradients(student, target, tau)).to(student.dtype)
-        gradients.append(mean(gradient_along(student, parameters, direction)).double())
-    *g_t, g_b = gradients
+    targets = torch.cat([teachers, biased[None].to(teachers)])
+    directions = (tau * logit_gradients(student, targets, tau)).to(student.dtype)
+    sizes = largest(directions.abs().amax((1, 2))).tolist()
+    *g_t, g_b = (
+        mean(gradient_along(student, parameters, direction, size, largest)).double()
+        for direction, size in zip(directions, sizes, strict=True)
+    )
     inner = torch.stack([g @ g_b for g in g_t])
     if normalise:
         norms = torch.stack([g.norm() * g_b.norm() for g in g_t])
@@ -1119,21 +1126,24 @@ def batch_weights(
     return (1 - inner).clamp(min=0.01)
 
 
-def gradient_along(student: Tensor, parameters: Sequence[Tensor], direction: Tensor) -> Tensor:
+def gradient_along(
+    student: Tensor, parameters: Sequence[Tensor], direction: Tensor, size: float,
+    largest: Callable[[Tensor], Tensor],
+) -> Tensor:
     """Gradient [P] of sum(student * direction), of networks that compute in float16 too.
 
-    There what is below 6e-8 vanishes. As a loss scaler does, the direction is enlarged before and
-    the gradient divided after, by a power of two, which changes no bit in float32; less where that
-    is too much.
+    There what is below 6e-8 vanishes. As a loss scaler does, the direction, of that size, is
+    enlarged before and the gradient divided after, by a power of two, which changes no bit in
+    float32; less where that is too much. Processes must do it alike, as `largest` tells them: batch
+    norm over all of them adds up gradients on their way, and waits for all.
     """
-    size = float(direction.abs().max())
     exponent = max(math.frexp(size)[1], -100)
     gradient = torch.zeros(0)
     for enlarged in (10, 5, 0):
         scale = 2.0 ** (enlarged - exponent)
         parts = torch.autograd.grad(student, parameters, scale * direction, retain_graph=True)
         gradient = torch.cat([part.flatten() for part in parts]) / scale
-        if torch.isfinite(gradient).all():
+        if not largest((~torch.isfinite(gradient)).any().float()):
             break
     return gradient
 
@@ -2662,6 +2672,12 @@ class Runtime:
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)))
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Greatest values on any of them."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return tensor
 
     def align(self, model: nn.Module) -> None:
         """Give all of them the first one's buffers, such as batch norm's statistics."""

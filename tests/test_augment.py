@@ -641,7 +641,8 @@ def unet(folder: Path) -> dict[str, Tensor]:
 def test_generator_is_trained_by_the_one_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """TensorBoard, kill -9 and the same bits, a foreign checkpoint refused; two processes alike, that learn image by image."""
+    """TensorBoard, kill -9 and the same bits, a foreign checkpoint refused; two processes, which
+    learn image by image, alike."""
     folder = write_images(tmp_path / "whole")
     text = (folder / "tiny.py").read_text() + SETS.replace(
         "num_timesteps=50", "num_timesteps=50, batch_size=4, checkpoint_minutes=1e-9")

@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import ROOT, write_images
 from test_processes import TWO
+from torch.distributed.nn.functional import all_reduce
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grokd
@@ -402,6 +403,80 @@ def test_taps_on_batch_norm_survive_its_conversion() -> None:
     converted(torch.rand(5, 3, 16, 16))
     sizes = {name: len(image) for name, image in tap.maps.items()}
     assert sizes == {"stem.1": 5, "layer1.body.1": 5}
+
+
+class SharedNorm(torch.nn.BatchNorm2d):
+    """Batch norm over processes, as GPUs have it, of differentiable sums: CPUs can take part."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        count = x.new_tensor(x.numel() / x.shape[1])
+        sums = torch.cat([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), count[None]])
+        sums = all_reduce(sums)
+        mean, square = (sums[:-1] / sums[-1]).chunk(2)
+        shape = (1, -1, 1, 1)
+        scale = self.weight * (square - mean.square() + self.eps).rsqrt()
+        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+
+
+def with_shared_norms(model: torch.nn.Module) -> torch.nn.Module:
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.__class__ = SharedNorm
+    return model
+
+
+def batch_agre(runtime: Any, model: Classifier, places: np.ndarray, total: int) -> torch.Tensor:
+    """AGRE's weights in the space of a batch's gradient, of some of its images; the first ones'
+    teachers are far nearer to the student."""
+    random = torch.Generator().manual_seed(3)
+    images = torch.rand(8, 3, 16, 16, generator=random, dtype=torch.float64)[places]
+    near = torch.tensor([1e-4, 1.0] * 4 if total > 1 else [0.1] * 8, dtype=torch.float64)[:, None]
+    targets = (near * torch.randn(4, 8, 2, generator=random, dtype=torch.float64))[:, places]
+    settings = Distill(weighting="agre", space="batch", tau=2.0, normalise=total > 1)
+    batch = grokd.Batch(settings, model, images, images, places, total, 0, 0, runtime)
+    logits = model(images)
+    targets = logits.detach() + targets
+    return grokd.agre(logits, grokd.Ensemble(targets[:3], targets[3]), batch)[:, 0]
+
+
+def test_batch_weights_under_norms_over_processes_are_those_of_one(runtime: Runtime) -> None:
+    """Gradients pass from one process to another in them, so all must enlarge theirs alike. Of a
+    batch of one image the second process shows it in vain."""
+    alone = types.SimpleNamespace(rank=0, sum=lambda x: x, largest=lambda x: x)
+    expected = [
+        batch_agre(alone, network(0).double().train(), np.arange(total), total).tolist()
+        for total in (8, 1)
+    ]
+    done = python(
+        """
+        from test_device import *
+        runtime = Runtime.start("float64").together()
+        found = []
+        for total in (8, 1):
+            model = with_shared_norms(network(0).double().train())
+            places = np.arange(8)[runtime.rank::2] if total == 8 else np.zeros(1, int)
+            found.append(batch_agre(runtime, model, places, total).tolist())
+        end(runtime, str(found))
+        """,
+        launcher=TWO,
+    )
+    assert len(done.stdout.splitlines()) == 2
+    for line in done.stdout.splitlines():
+        for weights, of_one in zip(json.loads(line), expected, strict=True):
+            assert weights == pytest.approx(of_one, rel=1e-6) and np.ptp(weights) > 0.05
+
+
+def test_an_overflow_elsewhere_is_computed_again_here() -> None:
+    """Batch norm over processes waits for all of them."""
+    student = torch.ones(2, 2, requires_grad=True)
+    asked: list[torch.Tensor] = []
+
+    def largest(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(tensor)
+        return torch.ones_like(tensor)
+
+    found = grokd.gradient_along(student, [student], torch.ones(2, 2), 1.0, largest)
+    assert found.tolist() == [1] * 4 and [float(flag) for flag in asked] == [0] * 3
 
 
 @pytest.mark.parametrize("total, world, micro", [
