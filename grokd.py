@@ -616,6 +616,12 @@ class Distill:
         return self.weighting == "departure" or callable(self.weighting)
 
     @property
+    def keeps_graph(self) -> bool:
+        """Does its weighting go through the student's graph, before the loss? One's own may."""
+        by_gradients = self.weighting == "agre" and self.space == "batch"
+        return by_gradients or callable(self.weighting)
+
+    @property
     def needs_whole_batches(self) -> bool:
         """Does a loss of it depend on the batch as a whole?"""
         by_gradients = self.weighting == "ae-kd"
@@ -5101,6 +5107,9 @@ class Training:
             # Else it would reuse what it made of a network of this architecture without taps,
             # whose maps would then stay those of the first look.
             torch.compiler.reset()
+            # What one backward pass may overwrite, a second one through the graph would miss.
+            keeps_graph = getattr(job.settings, "keeps_graph", False)
+            torch._functorch.config.donated_buffer = not keeps_graph
             self.network = typing.cast(nn.Module, torch.compile(self.network))
         self.optimizer = build_optimizer(self.model, self.train, runtime)
         self.scaler = runtime.accelerator.scaler  # of float16, else None

@@ -602,6 +602,25 @@ def test_compiled_student_distils_features_after_another_of_its_architecture(
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_student_weighs_teachers_by_gradients_of_its_batch(
+    store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its backward pass was compiled for others, which go through the graph once."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    train = Train(batch_size=8, lr=0.1)
+    settings = Distill(weighting="agre", space="batch", train=train)
+    expected = learn(student_of(store, runtime, settings, "cnn2", "eager")[0], 2)
+    compiled = replace(settings, train=replace(train, compile=True))
+    training, _ = student_of(store, runtime, compiled, "cnn2", "compiled")
+    images, _ = training._inputs(0, next(training.batches(0))[1][0])
+    with runtime.autocast():
+        logits = training.network(images)
+    logits.sum().backward()
+    training.optimizer.zero_grad()
+    for name, value in learn(training, 2).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_map_of_another_batch_is_not_distilled(store: Store, runtime: Runtime) -> None:
     training, features = student_of(
         store, runtime, Distill(gamma=(1.0,), layers=("layer2=pooled",), train=Train(batch_size=8))
