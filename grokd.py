@@ -4189,10 +4189,12 @@ class Tap:
 def extract(
     trunks: Mapping[str, Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
     view: int | None = None, seed: int = 0, blocks: Sequence[int] | None = None,
+    whole: bool = False,
 ) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
     """The one prediction loop: features [b, d] of every trunk, by blocks of consecutive images.
 
-    Blocks are the same for any number of processes; each yields its share, or those it names.
+    Blocks are the same for any number of processes; each yields its share, or those it names. Where
+    memory does not hold a block it goes through the networks in parts, unless hooks need it whole.
     """
     if blocks is None:
         blocks = range(math.ceil(len(indices) / BLOCK))[runtime.rank :: runtime.world]
@@ -4204,10 +4206,35 @@ def extract(
     ahead: Any = prefetch(blocks, load, runtime.num_readers(store_bytes(1, store.data.size)))
     if len(blocks) > 20:
         ahead = progress_bar(ahead, "predict", total=len(blocks))
+
+    def compute(images: Tensor, size: int) -> dict[str, Tensor]:
+        return {
+            key: torch.cat([model.features(images[part]) for part in slices(len(images), size)])
+            for key, model in trunks.items()
+        }
+
+    size = min(BLOCK, len(indices))
     for block, (part, stored) in ahead:
         images = store.show(stored, runtime.device)
+        work = functools.partial(compute, images)
         with torch.no_grad():
-            yield block, part, {key: model.features(images) for key, model in trunks.items()}
+            features, size = (work(0), size) if whole else by_fewer(work, size)
+            yield block, part, features
+
+
+def by_fewer(work: Callable[[int], Any], size: int) -> tuple[Any, int]:
+    """work(size), or if a GPU's memory does not hold so many samples at a time, of half as many,
+    and so on; and how many it was."""
+    while True:
+        try:
+            return work(size), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        # Here, where the error no longer holds the tensors that there was no room for.
+        size //= 2
+        say(f"memory: full, so {size} samples at a time from now on")
+        torch.cuda.empty_cache()
 
 
 def predict(
@@ -6836,7 +6863,10 @@ def generate(
         under_way.save_if_late()
         while queue and len(flight) < settings.in_flight:
             flight.append(launch(queue.pop(), generator, store, seed))
-        seen = observe_by_fewer(under_way, generator, judge)
+        seen, under_way.micro_batch = by_fewer(
+            functools.partial(observe, flight, generator, judge),
+            generator.micro_batch or len(flight),
+        )
         for n, sample in enumerate(flight):
             keep_best(sample, seen.raw[n], seen.verdicts[n])
             if not seen.done[n]:
@@ -6860,8 +6890,12 @@ class Observation(NamedTuple):
     figures: dict[str, Tensor]  # [b] each
 
 
-def observe(samples: Sequence[Sample], generator: Generator, judge: Judge) -> Observation:
-    """Images of the samples, what they pass, and where to go on. It changes no sample."""
+def observe(
+    samples: Sequence[Sample], generator: Generator, judge: Judge, size: int
+) -> Observation:
+    """Images of the samples, what they pass, and where to go on, `size` samples at a time. It
+    changes no sample."""
+    generator.micro_batch = judge.micro_batch = size
     settings, keys = judge.settings, [sample.key for sample in samples]
     labels = upload(np.array([sample.label for sample in samples]), generator.device)
     z = torch.stack([sample.z for sample in samples])
@@ -6882,23 +6916,6 @@ def observe(samples: Sequence[Sample], generator: Generator, judge: Judge) -> Ob
     gradient = latent_gradient(images, z, upward)
     generator.require_finite(gradient, "gradients")
     return Observation(raw, verdicts, done, gradient, figures)
-
-
-def observe_by_fewer(flight: Flight, generator: Generator, judge: Judge) -> Observation:
-    """`observe`; what does not fit a GPU's memory once more, by half as many samples at a time,
-    and so from then on."""
-    count = len(flight.samples)
-    while True:
-        try:
-            return observe(flight.samples, generator, judge)
-        except torch.OutOfMemoryError:
-            size = min(generator.micro_batch or count, count)
-            if size == 1:
-                raise
-        # Here, where the error no longer holds the tensors that there was no room for.
-        generator.micro_batch = judge.micro_batch = flight.micro_batch = size // 2
-        say(f"memory: full with {size} samples at a time, so {size // 2} from now on")
-        torch.cuda.empty_cache()
 
 
 def latent_gradient(images: Tensor, z: Tensor, upward: Tensor) -> Tensor:
@@ -8400,7 +8417,7 @@ def layer_features(
     store, side = ctx.store, ctx.store.data.crop
     tap = Tap(model, [*layer_paths(model, side)], side)
     indices, rows = store.split(part), []
-    for _ in extract({"": model}, store, indices, ctx.runtime):
+    for _ in extract({"": model}, store, indices, ctx.runtime, whole=True):
         rows.append({name: value.mean((2, 3)).cpu().numpy() for name, value in tap.maps.items()})
     kept = balanced_subset(store.cells[indices], 0)
     features = {name: np.concatenate([row[name] for row in rows])[kept] for name in tap.maps}

@@ -676,6 +676,35 @@ def test_frozen_networks_beside_a_student_compute_as_the_cache_does(
     assert seen == [torch.bfloat16] * 6
 
 
+# Memory
+
+
+def test_prediction_on_a_full_gpu_takes_images_in_parts(
+    store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, indices = frozen(0), np.arange(len(store.labels))
+    expected = grokd.predict([model], store, indices, runtime)
+    passed, features_of, most = list[int](), Classifier.features, 100
+
+    def features(model: Classifier, images: torch.Tensor) -> torch.Tensor:
+        passed.append(len(images))
+        if len(images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return features_of(model, images)
+
+    monkeypatch.setattr(Classifier, "features", features)
+    torch.testing.assert_close(grokd.predict([model], store, indices, runtime), expected)
+    assert passed[:2] == [256, 128] and max(passed[2:]) == 64 > passed[-1]  # a last block is short
+    assert "memory: full, so 64 samples at a time from now on" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):  # hooks would see a part for the whole
+        next(grokd.extract({"": model}, store, indices, runtime, whole=True))
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        grokd.predict([model], store, indices, runtime)
+    assert passed[-1] == 1
+
+
 # Waits
 
 

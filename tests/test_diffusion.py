@@ -598,7 +598,7 @@ def test_a_full_gpu_is_tried_with_half_as_many_samples(
         monkeypatch.setattr(judges, "_gradient", gradient)
     flight = grokd.Flight(sources)
     found = {r["source"]: r for r in grokd.generate(generator, judges, store, flight, seed=3)}
-    assert capsys.readouterr().out.count("full with 4 samples at a time, so 2 from now on") == 1
+    assert capsys.readouterr().out.count("memory: full, so 2 samples at a time from now on") == 1
     assert passed.count(4) == 1 and max(passed[passed.index(4) + 1 :]) == 2
     assert generator.micro_batch == judges.micro_batch == flight.micro_batch == 2
     for source, record in expected.items():

@@ -753,7 +753,8 @@ def test_full_memory_of_a_gpu_ends_in_one_line_and_leaves_the_checkpoint(
     monkeypatch.setattr(grokd.Training, "step", full)
     line = ending("teachers", "tiny.py")
     assert line.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB: set a smaller "
-                           "--micro-batch (in recipes: micro_batch), or --precision bfloat16")
+                           "--micro-batch (in recipes: micro_batch, also of diffusion and of each "
+                           "set of images), or --precision bfloat16, or free memory there.")
     assert half_trained.files("runs/tiny/teachers/0/*.partial/[0-9]*/state.pt")
 
 
