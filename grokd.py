@@ -2431,16 +2431,18 @@ def set_gpu_arithmetic(precision: str) -> str:
 
     TF32, with float32's range and 10 bits after the point, makes convolutions several times
     faster. Matrix products are the heads and small networks, where its digits would be missed.
-    cuDNN's benchmark would choose algorithms by their time, so that two runs of one command, or
-    one that was killed and went on, would differ in bits.
+    cuDNN's benchmark would choose algorithms by their time, and some of its algorithms add up in
+    the order in which threads come, so that two runs of one command, or one that was killed and
+    went on, would differ in bits.
     """
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
     if precision == "float64":
-        return "float64; cudnn.benchmark off"
+        return "float64; cudnn.deterministic, no benchmark"
     mixed = "" if precision == "float32" else f"{precision} by autocast, else "
-    return f"{mixed}float32, TF32 in convolutions alone; cudnn.benchmark off"
+    return f"{mixed}float32, TF32 in convolutions alone; cudnn.deterministic, no benchmark"
 
 
 def check_launch(environment: Mapping[str, str]) -> None:
@@ -5105,7 +5107,8 @@ def micro_batches(
     Every process has as many, since batch norm over processes waits for all. A share that is a
     part short has its last one halved; where that cannot be, an image is shown in vain.
     """
-    share, largest = batch[rank::world], len(batch[::world])
+    # Contiguous: what is not is copied to a GPU by way of memory that is not pinned.
+    share, largest = np.ascontiguousarray(batch[rank::world]), len(batch[::world])
     size = size or largest
     count = math.ceil(largest / size)
     parts = [share[first : first + size] for first in range(0, len(share), size)]

@@ -279,16 +279,16 @@ def test_gram_of_shared_training_is_computed_in_full_precision(store: Store) -> 
 def test_gpu_arithmetic_is_set_and_said() -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
     Runtime.start("float32")
     assert torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    assert not torch.backends.cudnn.benchmark
-    words = "float32, TF32 in convolutions alone; cudnn.benchmark off"
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    words = "float32, TF32 in convolutions alone; cudnn.deterministic, no benchmark"
     assert grokd.set_gpu_arithmetic("float32") == words
     assert grokd.set_gpu_arithmetic("bfloat16") == f"bfloat16 by autocast, else {words}"
     assert "TF32" not in grokd.set_gpu_arithmetic("float64")
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "TF32 in convolutions and float32 in matrix products; `cudnn.benchmark` is off" in readme
+    assert "TF32 in convolutions and float32 in matrix products; cuDNN is deterministic" in readme
 
 
 def test_batch_weights_of_small_gradients_survive_float16() -> None:

@@ -566,11 +566,17 @@ def speeds(place: Place) -> list[tuple[str, int, bool]]:
 
 
 def preload() -> None:
-    """What each process would import for itself."""
+    """What each process would import for itself. Some modules ask whether there is a GPU, which
+    must not start one here, or no forked process could use it: they are shown none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     for module in ("torchvision", "torch.utils.tensorboard", "torch._dynamo"):
         importlib.import_module(module)
     for name in ("UNet2DModel", "DDPMPipeline", "DDIMScheduler"):
         getattr(grokd.import_diffusers(), name)
+    del os.environ["CUDA_VISIBLE_DEVICES"]
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def run_checks(place: Place) -> tuple[list[list[str]], list[str]]:
