@@ -2,16 +2,16 @@
 
     python recipes/measured/fair_test.py digits_augment --seeds 200 201 202 203 204 \
         [--precision bfloat16] [--save FILE.json]
-    python recipes/measured/fair_test.py digits_augment --between FILE.json OTHER.json \
-        [--save DIFFERENCES.json]
+    python recipes/measured/fair_test.py digits_augment --between \
+        bfloat16=FILE.json,MORE.json float32=OTHER.json,SEEDS.json [--save DIFFERENCES.json]
 
 Every seed has teachers, a biased model, a starting student and images of its own; all use the
 generator of the first one. (digits_augment_absent uses that of `python grokd.py run
 digits_augment --seeds 200 --diffusion.seed 200`.) A classifier that never guided anything, trained
 on digits under both colours alike, confirms labels; the attribute is read from the background's
 pixels: flipped from the source's, and against the label. Differences in WGA are paired by seed,
-with 95 % intervals (Student's t); --between takes them between two records of the same seeds, of
-two precisions for example. On a CPU float16 is that of half.py. Some nine minutes a seed on one
+with 95 % intervals (Student's t); --between takes them between records of the same seeds, of
+several precisions for example. On a CPU float16 is that of half.py. Some nine minutes a seed on one
 core; runs/fair/ keeps what was made.
 """
 
@@ -22,6 +22,7 @@ import itertools
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,21 @@ def paired(one: list[float], other: list[float]) -> str:
     return f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]"
 
 
-def between(one: Path, other: Path) -> dict[str, Any]:
-    """A record of the differences between two records of the same seeds."""
-    records = [json.loads(path.read_text()) for path in (one, other)]
-    wga, rows = [record["wga"] for record in records], []
-    for name, values in wga[0].items():
-        means = [f"{np.mean(each[name]):.1f}" for each in wga]
-        rows.append([name, *means, paired(values, wga[1][name])])
-    header = ["WGA", *(path.stem for path in (one, other)), "difference [95 % interval]"]
+def between(named: Sequence[str]) -> dict[str, Any]:
+    """A record of the differences of several records, NAME=FILE[,FILE of other seeds], from the
+    last of them, which has the same seeds."""
+    names, wga = [], list[dict[str, list[float]]]()
+    for each in named:
+        name, _, files = each.partition("=")
+        parts = [json.loads(Path(file).read_text())["wga"] for file in files.split(",")]
+        names.append(name)
+        wga.append({key: [x for part in parts for x in part[key]] for key in parts[0]})
+    *others, reference = wga
+    rows = [
+        [key, f"{np.mean(values):.1f}", *(paired(other[key], values) for other in others)]
+        for key, values in reference.items()
+    ]
+    header = ["WGA", names[-1], *(f"{name} − {names[-1]}" for name in names[:-1])]
     return {"about": grokd.origin(), "header": header, "rows": rows}
 
 
@@ -112,11 +120,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202, 203, 204])
     parser.add_argument("--split", default="test")
     parser.add_argument("--precision", default="float32", help="as of grokd.py; of both commands")
-    parser.add_argument("--between", type=Path, nargs=2, help="compare these records instead")
+    parser.add_argument("--between", nargs="+", metavar="NAME=FILE[,FILE...]",
+                        help="compare these records instead, with the last")
     parser.add_argument("--save", type=Path, help="write the table as JSON")
     args = parser.parse_args()
     if args.between:
-        record = between(*args.between)
+        record = between(args.between)
         print(grokd.table(record["header"], record["rows"]))
         if args.save:
             args.save.write_text(json.dumps(record, indent=1) + "\n")
