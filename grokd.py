@@ -5487,7 +5487,11 @@ def learning_rate(train: Train, step: int, steps_per_epoch: int) -> float:
 
 
 def with_synchronised_norms(model: nn.Module) -> nn.Module:
-    """The model with batch norm over all processes; taps on such layers stay."""
+    """The model with batch norm over all processes; taps on such layers stay.
+
+    torch's own waits for the GPU in each such layer (it leaves out processes without images, which
+    here have one to show), and its graph breaks under --compile: little is gained by it there.
+    """
     hooks = {
         name: [*module._forward_hooks.values()]
         for name, module in model.named_modules()
