@@ -98,18 +98,26 @@ def paired(one: list[float], other: list[float]) -> str:
 
 def between(named: Sequence[str]) -> dict[str, Any]:
     """A record of the differences of several records, NAME=FILE[,FILE of other seeds], from the
-    last of them, which has the same seeds."""
-    names, wga = [], list[dict[str, list[float]]]()
+    last of them, in the seeds that both have."""
+    names, wga = [], list[dict[str, dict[str, float]]]()  # by kind of student and seed
     for each in named:
         name, _, files = each.partition("=")
-        parts = [json.loads(Path(file).read_text())["wga"] for file in files.split(",")]
         names.append(name)
-        wga.append({key: [x for part in parts for x in part[key]] for key in parts[0]})
+        found: dict[str, dict[str, float]] = {}
+        for file in files.split(","):
+            record = json.loads(Path(file).read_text())
+            seeds = record["header"][0].partition("seeds ")[2].split(", ")
+            for key, values in record["wga"].items():
+                found.setdefault(key, {}).update(zip(seeds, values, strict=True))
+        wga.append(found)
     *others, reference = wga
-    rows = [
-        [key, f"{np.mean(values):.1f}", *(paired(other[key], values) for other in others)]
-        for key, values in reference.items()
-    ]
+    rows = []
+    for key, values in reference.items():
+        row = [key, f"{np.mean([*values.values()]):.1f}"]
+        for other in others:
+            seeds = [seed for seed in values if seed in other[key]]
+            row.append(paired([other[key][seed] for seed in seeds], [values[s] for s in seeds]))
+        rows.append(row)
     header = ["WGA", names[-1], *(f"{name} − {names[-1]}" for name in names[:-1])]
     return {"about": grokd.origin(), "header": header, "rows": rows}
 
