@@ -1011,10 +1011,11 @@ def agre(student: Tensor, ensemble: Ensemble, batch: Batch) -> Tensor:
     assert biased is not None
     if settings.space == "batch":
         parameters = [*trained_parameters(batch.model).values()]
+        targets = torch.cat([teachers, biased[None]])
         if batch.in_vain:  # it asks for nothing, and gives its share of what others ask for
-            teachers, biased = student.detach().expand_as(teachers), student.detach()
+            targets = student.detach().expand_as(targets)
         weights = batch_weights(
-            student, teachers, biased, parameters, settings.tau, settings.normalise,
+            student, targets, parameters, settings.tau, settings.normalise,
             lambda part: batch.runtime.sum(part) / batch.total, batch.runtime.largest,
         )
         return weights[:, None].expand(teachers.shape[:2])
@@ -1108,17 +1109,16 @@ def logit_gram(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_weights(
-    student: Tensor, teachers: Tensor, biased: Tensor, parameters: Sequence[Tensor], tau: float,
-    normalise: bool, mean: Callable[[Tensor], Tensor],
-    largest: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    student: Tensor, targets: Tensor, parameters: Sequence[Tensor], tau: float, normalise: bool,
+    mean: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
     """One AGRE weight per teacher and batch [M], from gradients of the batch mean.
 
     What the course project did, floor .01 included: W = max(.01, 1 - cos), over all `parameters`.
-    The student's logits must carry the graph; `mean` makes a process's sum the batch's mean,
-    `largest` takes the greatest over processes.
+    The student's logits [B, C] must carry the graph; targets [M + 1, B, C] are the teachers' logits
+    and, last, the biased model's. `mean` makes a process's sum the batch's mean, `largest` takes
+    the greatest over processes.
     """
-    targets = torch.cat([teachers, biased[None].to(teachers)])
     directions = (tau * logit_gradients(student, targets, tau)).to(student.dtype)
     sizes = largest(directions.abs().amax((1, 2))).tolist()
     *g_t, g_b = (
@@ -2399,6 +2399,12 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """Parts of 0..count-1, of `size` each but for the last; 0: one part."""
+    size = size or max(1, count)
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
@@ -4191,12 +4197,11 @@ class Tap:
 def extract(
     trunks: Mapping[str, Classifier], store: Store, indices: np.ndarray, runtime: Runtime,
     view: int | None = None, seed: int = 0, blocks: Sequence[int] | None = None,
-    whole: bool = False,
 ) -> Iterator[tuple[int, slice, dict[str, Tensor]]]:
     """The one prediction loop: features [b, d] of every trunk, by blocks of consecutive images.
 
     Blocks are the same for any number of processes; each yields its share, or those it names. Where
-    memory does not hold a block it goes through the networks in parts, unless hooks need it whole.
+    memory does not hold a block it goes through the networks in parts, unless hooks are to see it.
     """
     if blocks is None:
         blocks = range(math.ceil(len(indices) / BLOCK))[runtime.rank :: runtime.world]
@@ -4216,6 +4221,8 @@ def extract(
         }
 
     size = min(BLOCK, len(indices))
+    modules = itertools.chain.from_iterable(model.modules() for model in trunks.values())
+    whole = any(module._forward_hooks for module in modules)
     for block, (part, stored) in ahead:
         images = store.show(stored, runtime.device)
         work = functools.partial(compute, images)
@@ -6575,12 +6582,6 @@ def fit_memory(generator: Generator, judge: Judge, before: int = 0) -> None:
     )
 
 
-def slices(count: int, size: int) -> list[slice]:
-    """Parts of 0..count-1, of `size` each but for the last; 0: one part."""
-    size = size or max(1, count)
-    return [slice(start, start + size) for start in range(0, count, size)]
-
-
 def import_diffusers() -> Any:
     """The package, silenced."""
     import diffusers
@@ -8424,7 +8425,7 @@ def layer_features(
     store, side = ctx.store, ctx.store.data.crop
     tap = Tap(model, [*layer_paths(model, side)], side)
     indices, rows = store.split(part), []
-    for _ in extract({"": model}, store, indices, ctx.runtime, whole=True):
+    for _ in extract({"": model}, store, indices, ctx.runtime):
         rows.append({name: value.mean((2, 3)).cpu().numpy() for name, value in tap.maps.items()})
     kept = balanced_subset(store.cells[indices], 0)
     features = {name: np.concatenate([row[name] for row in rows])[kept] for name in tap.maps}

@@ -131,7 +131,8 @@ def test_batch_space_equals_literal_batch_gradients(normalise: bool) -> None:
     parameters = list(model.parameters())
     logits = model.train()(images)
     ours = grokd.batch_weights(
-        logits, teachers, biased, parameters, TAU, normalise, lambda g: g / len(images)
+        logits, torch.cat([teachers, biased[None]]), parameters, TAU, normalise,
+        lambda g: g / len(images),
     )
 
     def gradient(targets: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +151,8 @@ def test_batch_space_weights_have_a_floor() -> None:
     model, images, _, biased = example("cnn2", 3)
     logits = model(images)
     twin = grokd.batch_weights(
-        logits, biased[None], biased, list(model.parameters()), TAU, True, lambda g: g / len(images)
+        logits, torch.stack([biased, biased]), list(model.parameters()), TAU, True,
+        lambda g: g / len(images),
     )
     assert twin.tolist() == [0.01]
 
@@ -293,7 +295,8 @@ def test_bfloat16_autocast_keeps_heads_and_losses_in_float32(space: str) -> None
             _, gram = grokd.logit_gram(model, images)
         if space == "batch":
             weights = grokd.batch_weights(
-                logits, teachers, biased, list(model.parameters()), TAU, True, lambda g: g / 4
+                logits, torch.cat([teachers, biased[None]]), list(model.parameters()), TAU, True,
+                lambda g: g / 4,
             )[:, None].expand(2, 4)
         else:
             weights = grokd.agre_weights(logits, teachers, biased, TAU, True, gram)
