@@ -616,16 +616,19 @@ class Distill:
         return self.weighting == "departure" or callable(self.weighting)
 
     @property
+    def in_batch_space(self) -> bool:
+        """Does it compare its teachers' gradients of a whole batch?"""
+        return self.weighting == "agre" and self.space == "batch"
+
+    @property
     def keeps_graph(self) -> bool:
         """Does its weighting go through the student's graph, before the loss? One's own may."""
-        by_gradients = self.weighting == "agre" and self.space == "batch"
-        return by_gradients or callable(self.weighting)
+        return self.in_batch_space or callable(self.weighting)
 
     @property
     def needs_whole_batches(self) -> bool:
         """Does a loss of it depend on the batch as a whole?"""
-        by_gradients = self.weighting == "ae-kd"
-        by_gradients |= self.weighting == "agre" and self.space == "batch"
+        by_gradients = self.weighting == "ae-kd" or self.in_batch_space
         by_features = self.feature_weights == "disagree" or self.feature_loss == "contrastive"
         by_groups = self.weighs_samples and self.sample_weights == "group-dro"
         return by_gradients or (self.has_features and by_features) or by_groups

@@ -496,6 +496,7 @@ def test_every_process_has_as_many_micro_batches(
         parts = training._read(0, batch)
         counts.add(len(parts))
         assert all(0 < len(part.places) <= (micro or total) for part in parts)
+        assert all(part.places.flags.c_contiguous for part in parts)  # for pinned copies
         seen += [int(place) for part in parts if part.learnt for place in part.places]
     assert len(counts) == 1
     assert sorted(seen) == batch.tolist()
@@ -683,7 +684,7 @@ def test_prediction_on_a_full_gpu_takes_images_in_parts(
     store: Store, runtime: Runtime, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, indices = frozen(0), np.arange(300)
+    model, indices = frozen(0), np.arange(600)  # two whole blocks and a part
     expected = grokd.predict([model], store, indices, runtime)
     passed, features_of, most = list[int](), Classifier.features, 100
 

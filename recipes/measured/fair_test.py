@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202, 203, 204])
     parser.add_argument("--split", default="test")
-    parser.add_argument("--precision", default="float32", help="as of grokd.py; of both commands")
+    parser.add_argument("--precision", default="float32", help="as of grokd.py")
     parser.add_argument("--between", nargs="+", metavar="NAME=FILE[,FILE...]",
                         help="compare these records instead, with the last")
     parser.add_argument("--save", type=Path, help="write the table as JSON")
