@@ -78,6 +78,7 @@ import resource
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -2538,24 +2539,51 @@ class Watch:
 
 
 @contextlib.contextmanager
+def late_termination() -> Iterator[None]:
+    """Within it SIGTERM ends this process a second later. A launcher sends it as soon as it sees
+    that another process has ended, and what the watch says of that should come first. A thread
+    waits for it, since the main one may stand in a collective."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def end() -> None:
+        while number := os.read(reading, 1):
+            if number[0] == signal.SIGTERM:
+                time.sleep(1)
+                os._exit(128 + signal.SIGTERM)
+        os.close(reading)
+
+    handler = signal.signal(signal.SIGTERM, lambda *signal_and_frame: None)
+    before = signal.set_wakeup_fd(writing)
+    threading.Thread(target=end, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+        os.close(writing)
+
+
+@contextlib.contextmanager
 def watched(accelerator: Accelerator) -> Iterator[None]:
     """While the work of a command lasts, end it on all processes if one of them ends before."""
     if accelerator.num_processes == 1:
         yield
         return
     watch = Watch(accelerator)
-    try:
-        yield
-    except Problem as problem:
-        watch.tell(str(problem))
-        raise
-    except BaseException as error:
-        if isinstance(error, RuntimeError):
-            # So a collective fails when another process ends, which the watch says in one line.
-            time.sleep(2)
-        watch.tell("")
-        raise
-    watch.tell(watch.FINISHED)
+    with late_termination():
+        try:
+            yield
+        except Problem as problem:
+            watch.tell(str(problem))
+            raise
+        except BaseException as error:
+            if isinstance(error, RuntimeError):
+                # So a collective fails when another process ends, which the watch says in one line.
+                time.sleep(2)
+            watch.tell("")
+            raise
+        watch.tell(watch.FINISHED)
 
 
 GATHERING = timedelta(minutes=10)  # all processes begin at about the same time

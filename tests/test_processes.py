@@ -5,9 +5,12 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +320,37 @@ def test_no_view_of_a_mapped_file_is_uploaded(
     assert len(uploaded) == 5  # images, boxes, flips, logits, features
     for tensor in uploaded:
         assert not any(np.may_share_memory(tensor.numpy(), each) for each in maps)
+
+
+def test_process_that_a_launcher_terminates_has_a_second_to_say_why() -> None:
+    """Also where its main thread waits for another process; afterwards it ends as any other."""
+
+    def status(work: Callable[[], object]) -> tuple[int, float]:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # however it goes
+            work()
+            os._exit(0)
+        time.sleep(0.5)
+        began = time.monotonic()
+        os.kill(child, signal.SIGTERM)
+        _, ended = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(ended), time.monotonic() - began
+
+    def within() -> None:
+        lock = threading.Lock()
+        with grokd.late_termination(), lock:
+            lock.acquire()
+
+    def after() -> None:
+        with grokd.late_termination():
+            pass
+        time.sleep(10)
+
+    code, seconds = status(within)
+    assert code == 128 + signal.SIGTERM and 0.9 < seconds < 5
+    code, seconds = status(after)
+    assert code == -signal.SIGTERM and seconds < 0.9
 
 
 @pytest.mark.slow
